@@ -1,0 +1,96 @@
+"""The configuration of one engine: frozen, keyword-only, unknown keys refused by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+LoraMode = Literal["auto", "fold", "side"]
+GraphMode = Literal["eager", "inductor"]
+VerifyMode = Literal["off", "checksum"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "lora": ("auto", "fold", "side"),
+    "graph": ("eager", "inductor"),
+    "verify_weights": ("off", "checksum"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridConfig:
+    """Options of :func:`hybrid_fx.hybridize`.
+
+    Attributes:
+        max_out_tokens: Positions (prompt and new tokens) to reserve per row in the KV workspace
+            before the first generate. ``None`` reserves what each call needs. Never a cap.
+        release_inference_cache: Free the KV workspace and the prepared tensors after every
+            generate; the next one builds them again. ``False`` keeps and reuses the memory.
+        lora: ``"fold"`` merges LoRA deltas into the prepared weights, ``"side"`` keeps them as
+            low-rank branches, ``"auto"`` folds where the measured relative error of the adapter's
+            output stays under 5 %.
+        verify_weights: ``"checksum"`` also compares a checksum of every parameter before each
+            generate, which finds writes through ``.data`` or numpy (about 40 ms per GB).
+        strict: Raise where a layer cannot be rewritten or a call leaves the rewritten graphs.
+        graph: How a layer function runs: ``"eager"`` as generated, or lowered by ``"inductor"``.
+        disk_cache: Keep plans on the disk, so that a second process does not trace again.
+        cache_dir: Where; ``None`` is ``$XDG_CACHE_HOME/hybrid_fx`` or ``~/.cache/hybrid_fx``.
+        disable_passes: Names of optional passes to leave out, e.g. ``("concat_qkv",)``.
+
+    Raises:
+        ConfigError: for a value outside the allowed set.
+    """
+
+    max_out_tokens: int | None = None
+    release_inference_cache: bool = False
+    lora: LoraMode = "auto"
+    verify_weights: VerifyMode = "off"
+    strict: bool = False
+    graph: GraphMode = "eager"
+    disk_cache: bool = True
+    cache_dir: str | None = None
+    disable_passes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(allowed)}")
+        for name in ("release_inference_cache", "strict", "disk_cache"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name}={value!r} must be True or False")
+        tokens = self.max_out_tokens
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            raise ConfigError(f"max_out_tokens={tokens!r} must be a positive int or None")
+        if self.cache_dir is not None and not isinstance(self.cache_dir, str):
+            raise ConfigError(f"cache_dir={self.cache_dir!r} must be a path as str, or None")
+        if isinstance(self.disable_passes, str):
+            raise ConfigError(
+                f"disable_passes={self.disable_passes!r} must be a tuple of pass names, "
+                f"e.g. ({self.disable_passes!r},)"
+            )
+        object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
+
+
+def make_config(
+    config: HybridConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]
+) -> HybridConfig:
+    """Return ``config`` with ``overrides`` applied.
+
+    Raises:
+        ConfigError: for an unknown key (the nearest known one is named) or a bad value.
+    """
+    if config is not None and not isinstance(config, HybridConfig | Mapping):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; pass a HybridConfig, a dict of its fields, or None"
+        )
+    known = [field.name for field in fields(HybridConfig)]
+    given = {**(config if isinstance(config, Mapping) else {}), **overrides}
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown option {key!r}; did you mean {near!r}? Known: {', '.join(known)}")
+    base = config if isinstance(config, HybridConfig) else HybridConfig()
+    return replace(base, **given)

@@ -1,0 +1,29 @@
+"""The errors hybrid_fx raises. Each message names the value, the limit and the remedy."""
+
+
+class HybridError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(HybridError, ValueError):
+    """A configuration key is unknown, or its value is outside the allowed set."""
+
+
+class CaptureError(HybridError, RuntimeError):
+    """The model's forward could not be captured as one graph."""
+
+
+class CacheError(HybridError, RuntimeError):
+    """A stored plan is damaged, foreign or unsafe; the caller captures again."""
+
+
+class InputError(HybridError, ValueError):
+    """Arguments of a call do not fit the model: ids, masks, lengths, module kinds."""
+
+
+class EngineClosedError(HybridError, RuntimeError):
+    """The engine was closed and serves no further calls."""
+
+
+class StrictError(HybridError, RuntimeError):
+    """With ``strict=True``: some part of the model does not run from rewritten graphs."""
