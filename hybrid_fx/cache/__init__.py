@@ -1,0 +1,1 @@
+"""Plans kept by structure, in memory and on disk."""

@@ -1,0 +1,1 @@
+"""The engine: modes, weight versions, statistics and reports."""

@@ -1,0 +1,1 @@
+"""Decoding loops over a session, token for token those of transformers."""

@@ -1,0 +1,1 @@
+"""What a plan runs on: the KV workspace, sessions and prepared tensors."""

@@ -1,0 +1,1 @@
+"""The rewriting library: matcher, rewriter, graph specification and passes over FX graphs."""

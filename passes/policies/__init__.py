@@ -1,0 +1,1 @@
+"""Policies: what each decoder family looks like, as data."""
