@@ -1,0 +1,150 @@
+"""What every pass needs of an ``fx.Graph``: names, places, values, and building new nodes.
+
+The graphs here hold placeholders, ``call_function`` nodes of the operator table, and one output.
+Four entries of ``node.meta`` carry what passes look at:
+
+* ``path``: the qualified name of the module the node stands in ("" at the root),
+* ``val``: a fake tensor (or symbolic size) that tells shape and dtype,
+* ``weight`` on a placeholder: the qualified name of the parameter or buffer it stands for,
+* ``input`` on a placeholder: the name of the runtime input it stands for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .operators import EFFECTS, OPERATORS, operator_name
+
+
+def name_of(node: object) -> str | None:
+    """The operator a node calls, or ``None`` for placeholders, the output and plain values."""
+    if isinstance(node, fx.Node) and node.op == "call_function":
+        return operator_name(node.target)
+    return None
+
+
+def path_of(node: fx.Node) -> str:
+    """The qualified name of the module a node stands in."""
+    path: str = node.meta.get("path", "")
+    return path
+
+
+def inside(node: fx.Node, prefix: str) -> bool:
+    """Whether a node stands in the module ``prefix`` or below it."""
+    path = path_of(node)
+    return not prefix or path == prefix or path.startswith(prefix + ".")
+
+
+def value_of(node: object) -> Any:
+    """The fake value a node was recorded with; other arguments stand for themselves."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def shape_of(node: object) -> tuple[Any, ...] | None:
+    """The shape of a node's value, symbolic where dynamic; ``None`` where unknown."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def dtype_of(node: object) -> torch.dtype | None:
+    """The dtype of a node's value; ``None`` where it is no tensor or unknown."""
+    value = value_of(node)
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def weight_name(node: object) -> str | None:
+    """The parameter or buffer a placeholder stands for."""
+    return node.meta.get("weight") if isinstance(node, fx.Node) else None
+
+
+def calls(graph: fx.Graph, *names: str) -> list[fx.Node]:
+    """All nodes that call one of the named operators, in order."""
+    return [node for node in graph.nodes if name_of(node) in names]
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a node may be moved, merged or dropped."""
+    if node.op == "call_function":
+        return operator_name(node.target) not in EFFECTS
+    return node.op not in ("placeholder", "output")
+
+
+def sweep(graph: fx.Graph) -> int:
+    """Drop pure nodes that nothing uses, last first; returns how many."""
+    count = 0
+    for node in reversed(list(graph.nodes)):
+        if not node.users and is_pure(node):
+            graph.erase_node(node)
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def after(graph: fx.Graph, node: fx.Node) -> Iterator[None]:
+    """Insert new nodes behind ``node``; behind the last placeholder where it is one."""
+    if node.op == "placeholder":
+        node = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(node):
+        yield
+
+
+def call(graph: fx.Graph, operator: str, *args: Any, path: str, **kwargs: Any) -> fx.Node:
+    """Add a call of ``operator`` at the insert point, with its fake value computed."""
+    node = graph.call_function(OPERATORS[operator], args, kwargs)
+    node.meta["path"] = path
+    node.meta["val"] = evaluate(node)
+    return node
+
+
+def evaluate(node: fx.Node) -> Any:
+    """The fake value of a node from those of its arguments; ``None`` where one is unknown."""
+    known = all(value_of(arg) is not None for arg in node.all_input_nodes)
+    mode = next(
+        (v.fake_mode for v in map(value_of, node.all_input_nodes) if isinstance(v, FakeTensor)),
+        None,
+    )
+    if not known or mode is None or operator_name(node.target) in EFFECTS:
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def fresh_input(graph: fx.Graph, name: str, val: Any = None) -> fx.Node:
+    """The placeholder of a runtime input, added behind the last placeholder where missing."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
+        if node.meta.get("input") == name:
+            return node
+    with graph.inserting_after(placeholders[-1]):
+        node = graph.placeholder(name)
+    node.meta |= {"path": "", "val": val, "input": name}
+    return node
+
+
+def order(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Each node's place in the graph."""
+    return {node: index for index, node in enumerate(graph.nodes)}
+
+
+def last_of(graph: fx.Graph, nodes: Iterable[fx.Node]) -> fx.Node:
+    """The node that stands last in the graph."""
+    place = order(graph)
+    return max(nodes, key=place.__getitem__)
+
+
+def move_before_first_user(node: fx.Node) -> None:
+    """Let a node stand right before the first node that uses it."""
+    place = order(node.graph)
+    min(node.users, key=place.__getitem__).prepend(node)
+
+
+def tail_names(path: str, prefix: str) -> str:
+    """``path`` as seen from inside ``prefix``."""
+    return path[len(prefix) + 1 :] if prefix and path.startswith(prefix + ".") else path

@@ -1,0 +1,111 @@
+"""The operators that passes put into a graph, each written with plain torch calls.
+
+They are the meaning of a rewritten graph: eager execution runs them as they stand, a lowering
+traces through them. Shapes: B batch, T tokens, E hidden size, F MLP size, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich 2019).
+
+    The result is rounded to x's dtype before the weight is applied, as the Llama family does.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normed = normed.to(x.dtype)
+    return normed * (weight + offset) if offset else normed * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(x + residual, rms_norm(x + residual))``."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``(x + residual, layer_norm(x + residual))``."""
+    total = x + residual
+    return total, F.layer_norm(total, shape, weight, bias, eps)
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "silu": lambda x: F.silu(x, inplace=True),
+    "relu": lambda x: F.relu(x, inplace=True),
+    "gelu": lambda x: F.gelu(x),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    """One of silu, relu, gelu, gelu_tanh, applied to a tensor the caller gives up."""
+    return _ACTIVATIONS[kind](x)
+
+
+def gated_mlp(
+    x: Tensor, gate_up: Tensor, gate_up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+    kind: str,
+) -> Tensor:
+    """``down(act(gate(x)) * up(x))`` with gate and up as one [2F, E] weight."""
+    gate, up = F.linear(x, gate_up, gate_up_bias).chunk(2, -1)
+    return F.linear(activate(gate, kind).mul_(up), down, down_bias)
+
+
+def plain_mlp(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, kind: str
+) -> Tensor:
+    """``down(act(up(x)))``: up [F, E], down [E, F]."""
+    return F.linear(activate(F.linear(x, up, up_bias), kind), down, down_bias)
+
+
+def gather(weight: Tensor) -> Tensor:
+    """Make a sharded parameter whole. On one process it is whole already."""
+    return weight
+
+
+def concat_rows(*weights: Tensor) -> Tensor:
+    """Stack weights [n_i, E] or biases [n_i] along their first axis."""
+    return torch.cat(weights, 0)
+
+
+def fold_lora(weight: Tensor, *deltas: Any) -> Tensor:
+    """``W + sum(scale * B @ A)`` in float32, rounded once to W's dtype (Hu et al. 2021).
+
+    Args:
+        weight: [out, in].
+        deltas: A [R, in], B [out, R], scale, repeated once for each active adapter.
+    """
+    total = weight.float()
+    for a, b, scale in zip(deltas[::3], deltas[1::3], deltas[2::3], strict=True):
+        total = torch.addmm(total, b.float(), a.float(), alpha=scale)
+    return total.to(weight.dtype)
+
+
+def last_tokens(x: Tensor, keep: int) -> Tensor:
+    """The last ``keep`` tokens of x [B, T, E]: [B, keep, E]."""
+    return x[:, x.shape[1] - keep :]
+
+
+class Store(Protocol):
+    """Where the prepare graph leaves its results."""
+
+    def store(self, index: int, value: Tensor) -> None: ...
+
+
+def store(target: Store, index: int, value: Tensor) -> None:
+    """Hand prepared tensor number ``index`` to ``target``."""
+    target.store(index, value)

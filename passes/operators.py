@@ -1,0 +1,91 @@
+"""The operator table: every function a graph may call, by its canonical name.
+
+A legal graph calls nothing else, and neither does generated source: it is what makes a stored
+plan safe to execute. Names follow torch; what passes add comes from :mod:`.kernels` and
+:mod:`.attention`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import attention, kernels
+
+# Python operators serve tensors and symbolic sizes alike.
+_PYTHON = (
+    "add sub mul truediv floordiv mod pow neg pos matmul getitem eq ne lt le gt ge "
+    "and_ or_ xor invert"
+)
+_FUNCTIONAL = (
+    "linear embedding layer_norm group_norm silu relu gelu softplus mish hardswish leaky_relu elu "
+    "softmax log_softmax dropout pad one_hot normalize relu6 hardtanh hardsigmoid logsigmoid "
+    "scaled_dot_product_attention rms_norm glu"
+)
+_TORCH = (
+    "abs addmm all any amax amin arange argmax baddbmm bmm cat chunk clamp clone conv1d cos cumsum "
+    "diff div einsum empty_like erf exp exp2 expm1 eye flatten flip full full_like gather "
+    "index_select isfinite isinf isnan log log1p log2 logical_and logical_not logical_or "
+    "logsumexp masked_fill max maximum mean min minimum mm movedim mul norm ones ones_like outer "
+    "permute prod reciprocal repeat_interleave reshape roll round rsqrt scatter sigmoid sign sin "
+    "sort split sqrt square squeeze stack std sum swapaxes t tan tanh tensor tile topk transpose "
+    "tril triu unbind unflatten unsqueeze var where zeros zeros_like rsub sym_max sym_min"
+)
+_METHODS = (
+    "contiguous expand expand_as new_empty new_full new_ones new_tensor new_zeros repeat size to "
+    "type_as view view_as unfold narrow select index_add index_copy detach item numel dim"
+)
+# What writes into its first argument. Legal only where nothing else sees that memory.
+_IN_PLACE = (
+    "add_ sub_ mul_ div_ copy_ fill_ zero_ masked_fill_ clamp_ neg_ pow_ sqrt_ rsqrt_ exp_ "
+    "sigmoid_ tanh_ relu_ index_copy_ index_add_ scatter_"
+)
+
+
+def _build() -> dict[str, Callable[..., Any]]:
+    table: dict[str, Callable[..., Any]] = {}
+    for owner, names in (
+        (torch.Tensor, _METHODS + " " + _IN_PLACE),
+        (torch, _TORCH),
+        (F, _FUNCTIONAL),
+        (operator, _PYTHON),
+    ):
+        table |= {name: getattr(owner, name) for name in names.split() if hasattr(owner, name)}
+    table["gather_along"] = table.pop("gather")
+    table["attention"] = attention.attention
+    for module, names in (
+        (attention, "attend attend_one"),
+        (
+            kernels,
+            "rms_norm add_rms_norm add_layer_norm gated_mlp plain_mlp gather concat_rows "
+            "fold_lora last_tokens store",
+        ),
+    ):
+        table |= {name: getattr(module, name) for name in names.split()}
+    return table
+
+
+#: Canonical name -> the function.
+OPERATORS: Mapping[str, Callable[..., Any]] = MappingProxyType(_build())
+
+#: The function -> its canonical name.
+NAMES: Mapping[Any, str] = MappingProxyType({fn: name for name, fn in OPERATORS.items()})
+
+#: Operators that write into their first argument.
+IN_PLACE: frozenset[str] = frozenset(_IN_PLACE.split())
+
+#: Operators with an effect besides their result: never moved, merged or dropped.
+EFFECTS: frozenset[str] = IN_PLACE | {"attend", "attend_one", "store"}
+
+
+def operator_name(target: object) -> str | None:
+    """The canonical name of a call target, or ``None`` where the table lacks it."""
+    try:
+        return NAMES.get(target)
+    except TypeError:
+        return None

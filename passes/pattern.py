@@ -1,0 +1,256 @@
+"""Patterns over a graph, as data, and the matcher.
+
+A pattern is built of five pieces::
+
+    Call("mul", Any("weight"), X, commutes=True)   a call of an operator
+    Any("x")                                       any value; a name binds it
+    Const("eps", float)                            a plain value of a type
+    Either(P, Q)                                   the first that fits
+    Opt("to", P)                                   P, or a one-argument view of it: to(P, ...)
+
+The same name binds the same value everywhere in one match. A failed match is a value too: falsy,
+with the node, what was expected and what stood there, taken from the attempt that got furthest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any as Value
+
+from torch import fx
+
+from .graph import name_of, weight_name
+
+
+class Pattern:
+    """Base of the pieces; ``describe`` is what a failed match prints as expected."""
+
+    def describe(self) -> str:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Any(Pattern):
+    """Any value. With ``weight``, a placeholder of a parameter or a call on parameters alone."""
+
+    name: str = ""
+    node: bool = False
+
+    def describe(self) -> str:
+        return f"any {'node' if self.node else 'value'} {self.name}".strip()
+
+
+@dataclass(frozen=True)
+class Const(Pattern):
+    """A plain value of one of ``types``; with ``equals``, that value."""
+
+    name: str = ""
+    types: type | tuple[type, ...] = (int, float, bool, str, type(None))
+    equals: Value = ...
+
+    def describe(self) -> str:
+        return repr(self.equals) if self.equals is not ... else f"a constant {self.name}".strip()
+
+
+class Call(Pattern):
+    """A call of ``operator`` (or one of several) whose leading arguments match ``args``.
+
+    Arguments beyond ``args`` must be absent or ``None``, unless ``more`` is set. ``users`` is the
+    exact number of users, where it matters.
+    """
+
+    def __init__(
+        self,
+        operator: str | tuple[str, ...],
+        *args: Pattern,
+        name: str = "",
+        commutes: bool = False,
+        more: bool = False,
+        users: int | None = None,
+    ) -> None:
+        self.operators = (operator,) if isinstance(operator, str) else operator
+        self.args = args
+        self.name = name
+        self.commutes = commutes
+        self.more = more
+        self.users = users
+
+    def describe(self) -> str:
+        return " or ".join(self.operators) + f" with {len(self.args)} arguments"
+
+
+class Either(Pattern):
+    """The first of several patterns that fits."""
+
+    def __init__(self, *options: Pattern) -> None:
+        self.options = options
+
+    def describe(self) -> str:
+        return "one of: " + "; ".join(option.describe() for option in self.options)
+
+
+class Opt(Pattern):
+    """``inner``, bare or as the first argument of ``operator``."""
+
+    def __init__(self, operator: str, inner: Pattern) -> None:
+        self.operator = operator
+        self.inner = inner
+
+    def describe(self) -> str:
+        return f"{self.inner.describe()}, maybe under {self.operator}"
+
+
+@dataclass(frozen=True)
+class Match:
+    """A successful match: what each name stands for, and the calls that were matched."""
+
+    root: fx.Node
+    bindings: Mapping[str, Value]
+    nodes: tuple[fx.Node, ...]
+
+    def __getitem__(self, name: str) -> Value:
+        return self.bindings[name]
+
+    def get(self, name: str, default: Value = None) -> Value:
+        return self.bindings.get(name, default)
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """A failed match: falsy; ``str`` gives the reason in one line."""
+
+    node: str
+    expected: str
+    found: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"at {self.node}: expected {self.expected}, found {self.found}"
+
+
+@dataclass
+class _Search:
+    """One attempt: keeps the failure that got furthest."""
+
+    depth: int = -1
+    failure: NoMatch | None = None
+    budget: int = 20_000
+    bound: dict[str, Value] = field(default_factory=dict)
+
+    def fail(self, depth: int, at: str, pattern: Pattern, value: object) -> None:
+        if depth > self.depth:
+            self.depth = depth
+            self.failure = NoMatch(at, pattern.describe(), _found(value))
+
+
+def _found(value: object) -> str:
+    if not isinstance(value, fx.Node):
+        return f"the value {value!r}"
+    if value.op == "placeholder":
+        return f"the weight {weight_name(value)}" if weight_name(value) else f"input {value.name}"
+    return f"{name_of(value) or value.target} ({value.name})"
+
+
+_Taken = tuple[dict[str, Value], tuple[fx.Node, ...]]
+
+
+def match(pattern: Pattern, node: fx.Node) -> Match | NoMatch:
+    """Match ``pattern`` with ``node`` as its root."""
+    search = _Search()
+    for bindings, nodes in _try(pattern, node, {}, (), search, node.name):
+        return Match(node, bindings, tuple(dict.fromkeys(nodes)))
+    return search.failure or NoMatch(node.name, pattern.describe(), _found(node))
+
+
+def _bind(name: str, value: Value, bound: dict[str, Value]) -> dict[str, Value] | None:
+    if not name:
+        return bound
+    if name in bound:
+        same = bound[name] is value or (not isinstance(value, fx.Node) and bound[name] == value)
+        return bound if same else None
+    return {**bound, name: value}
+
+
+def _try(
+    pattern: Pattern,
+    value: Value,
+    bound: dict[str, Value],
+    nodes: tuple[fx.Node, ...],
+    search: _Search,
+    at: str,
+) -> Iterator[_Taken]:
+    """Yield every way ``pattern`` fits ``value``, given what is bound already."""
+    search.budget -= 1
+    if search.budget < 0:
+        return
+    if isinstance(pattern, Either):
+        for option in pattern.options:
+            yield from _try(option, value, bound, nodes, search, at)
+        return
+    if isinstance(pattern, Opt):
+        yield from _try(pattern.inner, value, bound, nodes, search, at)
+        if name_of(value) == pattern.operator:
+            inner = value.args[0]
+            yield from _try(pattern.inner, inner, bound, (*nodes, value), search, value.name)
+        return
+    if isinstance(pattern, Call):
+        yield from _try_call(pattern, value, bound, nodes, search, at)
+        return
+    if isinstance(pattern, Const):
+        right = isinstance(value, pattern.types) if pattern.equals is ... else (
+            not isinstance(value, fx.Node) and value == pattern.equals
+        )
+    else:
+        right = isinstance(value, fx.Node) or not getattr(pattern, "node", False)
+    taken = _bind(pattern.name, value, bound) if right else None  # type: ignore[attr-defined]
+    if taken is None:
+        search.fail(len(nodes), at, pattern, value)
+        return
+    yield taken, nodes
+
+
+def _try_call(
+    pattern: Call,
+    value: Value,
+    bound: dict[str, Value],
+    nodes: tuple[fx.Node, ...],
+    search: _Search,
+    at: str,
+) -> Iterator[_Taken]:
+    taken = _bind(pattern.name, value, bound)
+    right = name_of(value) in pattern.operators and taken is not None
+    if right and pattern.users is not None:
+        right = len(value.users) == pattern.users
+    if right:
+        surplus = (*value.args[len(pattern.args) :], *value.kwargs.values())
+        right = len(value.args) >= len(pattern.args) and (
+            pattern.more or all(extra is None for extra in surplus)
+        )
+    if not right or taken is None:
+        search.fail(len(nodes), at, pattern, value)
+        return
+    count = len(pattern.args)
+    orders = permutations(range(count)) if pattern.commutes else [tuple(range(count))]
+    for order in orders:
+        yield from _try_args(pattern, value, order, taken, (*nodes, value), search)
+
+
+def _try_args(
+    pattern: Call,
+    value: fx.Node,
+    order: tuple[int, ...],
+    bound: dict[str, Value],
+    nodes: tuple[fx.Node, ...],
+    search: _Search,
+    index: int = 0,
+) -> Iterator[_Taken]:
+    if index == len(order):
+        yield bound, nodes
+        return
+    piece, arg = pattern.args[index], value.args[order[index]]
+    for taken, seen in _try(piece, arg, bound, nodes, search, value.name):
+        yield from _try_args(pattern, value, order, taken, seen, search, index + 1)

@@ -1,0 +1,103 @@
+"""What a legal graph is, as rules that are checked after every pass.
+
+A rule takes a node and returns a complaint, or ``None``. The stages differ in one thing: the
+training graph and the captured graph hold ``attention``, a threaded graph ``attend``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from .graph import name_of
+from .operators import IN_PLACE, operator_name
+
+Rule = Callable[[fx.Node], str | None]
+
+
+class IllegalGraphError(ValueError):
+    """A graph breaks the specification; the message names the pass, the node and its neighbours."""
+
+
+def known_kind(node: fx.Node) -> str | None:
+    """Only placeholders, calls of functions and the output."""
+    if node.op not in ("placeholder", "call_function", "output"):
+        return f"a {node.op} node is not legal; calls must be functions of the operator table"
+    return None
+
+
+def known_operator(node: fx.Node) -> str | None:
+    """Every call is of the operator table."""
+    if node.op == "call_function" and operator_name(node.target) is None:
+        return f"{node.target} is not in the operator table"
+    return None
+
+
+def bound_placeholder(node: fx.Node) -> str | None:
+    """A placeholder says what it stands for."""
+    if node.op == "placeholder" and not {"weight", "input"} & node.meta.keys():
+        return "the placeholder stands for neither a weight nor an input"
+    return None
+
+
+def placed(node: fx.Node) -> str | None:
+    """Every call says in which module it stands."""
+    if node.op == "call_function" and "path" not in node.meta:
+        return "the node has no module path"
+    return None
+
+
+def plain_arguments(node: fx.Node) -> str | None:
+    """Constants are of the kinds that generated source can spell."""
+    plain = (str, int, float, bool, type(None), type(...), torch.dtype, torch.device, fx.Node)
+    memory = (torch.layout, torch.memory_format)
+
+    def check(value: object) -> str | None:
+        if isinstance(value, tuple | list):
+            return next((c for c in map(check, value) if c), None)
+        if isinstance(value, slice):
+            return check((value.start, value.stop, value.step))
+        if isinstance(value, plain) or isinstance(value, memory):
+            return None
+        return f"an argument of type {type(value).__name__} cannot be written as source"
+
+    return check((*node.args, *node.kwargs.values())) if node.op == "call_function" else None
+
+
+def weights_unwritten(node: fx.Node) -> str | None:
+    """No in-place operator writes a parameter."""
+    if name_of(node) in IN_PLACE:
+        target = node.args[0]
+        if isinstance(target, fx.Node) and target.meta.get("parameter"):
+            return f"it writes the parameter {target.meta.get('weight')}"
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    known_kind,
+    known_operator,
+    bound_placeholder,
+    placed,
+    plain_arguments,
+    weights_unwritten,
+)
+
+
+def check_graph(graph: fx.Graph, *, stage: str, rules: Sequence[Rule] = RULES) -> None:
+    """Check every node of a graph.
+
+    Raises:
+        IllegalGraphError: naming ``stage``, the node, what is wrong, its inputs and its users.
+    """
+    graph.lint()
+    for node in graph.nodes:
+        for rule in rules:
+            if complaint := rule(node):
+                inputs = ", ".join(n.name for n in node.all_input_nodes) or "none"
+                users = ", ".join(n.name for n in node.users) or "none"
+                raise IllegalGraphError(
+                    f"after {stage}: node {node.name} in {node.meta.get('path', '?')!r}: "
+                    f"{complaint} (inputs: {inputs}; users: {users})"
+                )
