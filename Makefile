@@ -1,0 +1,61 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Each sets up .venv by itself.
+#
+#   make test ARGS="-k rotary -x"    options for pytest
+#   make demo ARGS="--lora"          options for the demonstration
+#   make test TORCH="torch==2.11.0"  another torch (a fresh .venv: run `make clean` first)
+#   make test JOBS=1                 one process
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
+            $p -c 'import sys; sys.version_info >= (3, 11) and print("$p")' 2>/dev/null)))
+VENV   ?= .venv
+JOBS   ?= logical
+ARGS   ?=
+
+# A pinned release takes the build for CPUs where one is at hand; a range takes the newest build
+# for CUDA, several GB. A machine with a GPU is asked for the latter.
+TORCH  ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
+
+RUN    := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
+TYPED  := build/typed
+
+.PHONY: test test-deep demo bench lint format clean
+
+test: $(READY)
+	$(PYTEST) $(ARGS)
+
+test-deep: $(READY)
+	HYPOTHESIS_PROFILE=deep $(PYTEST) -m deep $(ARGS)
+
+demo: $(READY)
+	$(RUN) examples/grpo.py $(ARGS)
+
+bench: $(READY)
+	$(RUN) benchmarks/run.py $(ARGS)
+
+# passes/ is installed as hybrid_fx.passes; mypy reads a copy that stands as it is installed.
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	cp -r hybrid_fx $(TYPED)/ && cp -r passes $(TYPED)/hybrid_fx/passes
+	$(RUN) -m mypy --config-file setup.cfg $(TYPED)/hybrid_fx
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+# The stamp is written last: an interrupted set-up is started again. A python that already has a
+# torch for its GPU lends it to .venv.
+$(READY): setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=..."; exit 1; }
+	@if "$(PYTHON)" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then site=--system-site-packages; else site=; fi; \
+	set -x; "$(PYTHON)" -m venv $$site $(VENV)
+	$(RUN) -m pip install -q "$(TORCH)"
+	$(RUN) -m pip install -q -e ".[test]"
+	@touch $(READY)

@@ -1,0 +1,57 @@
+"""Settings of every test: one thread, no network, a cache folder of its own, two profiles."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or transformers; the processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_SLOW_OK = [HealthCheck.too_slow, HealthCheck.data_too_large]
+_IN_CI = bool(os.environ.get("CI"))
+
+settings.register_profile(
+    "fast",
+    max_examples=25,
+    stateful_step_count=20,
+    deadline=None,
+    derandomize=_IN_CI,
+    suppress_health_check=_SLOW_OK,
+)
+settings.register_profile(
+    "deep",
+    max_examples=400,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=_SLOW_OK,
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is none, and say what is missing."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = f"needs a CUDA GPU: torch {torch.__version__} sees none on this machine"
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Plans are stored in a folder of this test run, never in the user's own."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
+        yield folder

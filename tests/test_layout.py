@@ -1,0 +1,164 @@
+"""Imports run one way, files stay short, and importing the package loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 330
+MAX_COLUMNS = 100
+
+# A folder or module may import itself and what stands left of it.
+ORDER = (
+    "passes",
+    "passes.policies",
+    "errors",
+    "config",
+    "capture",
+    "plan",
+    "cache",
+    "runtime",
+    "generate",
+    "engine",
+)
+LEAVES = {"errors", "config"}
+FOREIGN = {
+    "passes": {"torch"},
+    "passes.policies": {"torch"},
+    "errors": set(),
+    "config": set(),
+}
+OPTIONAL = ("deepspeed", "trl", "peft")
+
+
+def sources() -> list[Path]:
+    """Every Python file that is installed."""
+    return sorted([*(ROOT / "hybrid_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])
+
+
+def module_name(path: Path) -> str:
+    """The dotted name under which ``path`` is installed."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "passes":
+        parts.insert(0, "hybrid_fx")
+    if parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts)
+
+
+def stage(module: str) -> str | None:
+    """The entry of ORDER that ``module`` belongs to; None for the top of the package."""
+    below = module.removeprefix("hybrid_fx").lstrip(".")
+    if below.startswith("passes.policies"):
+        return "passes.policies"
+    return below.split(".")[0] or None
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, absolute module) of every import in ``path``, those inside functions too."""
+    name = module_name(path)
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            target = ".".join([*base, *([node.module] if node.module else [])])
+            known = {module_name(other) for other in sources()}
+            deeper = [f"{target}.{alias.name}" for alias in node.names]
+            found += [(node.lineno, full if full in known else target) for full in deeper]
+    return found
+
+
+def broken_arrow(importer: str, imported: str) -> str | None:
+    """Why ``importer`` may not import ``imported``; None where it may."""
+    here, top = stage(importer), imported.split(".")[0]
+    if top != "hybrid_fx":
+        allowed = FOREIGN.get(here or "")
+        if allowed is not None and top not in allowed and top not in sys.stdlib_module_names:
+            return f"{here} may import the standard library and {sorted(allowed)}"
+        return None
+    there = stage(imported)
+    if here is None or here == there:
+        return None
+    if there is None:
+        return "the top of the package imports everything, and nothing imports it"
+    if here not in ORDER or there not in ORDER:
+        return f"{here if here not in ORDER else there} has no place in ORDER of this test"
+    if there in LEAVES and not here.startswith("passes"):
+        return None
+    if ORDER.index(there) > ORDER.index(here):
+        return f"{there} stands right of {here}"
+    return None
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_left(path: Path) -> None:
+    importer = module_name(path)
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {imported}: {why}"
+        for line, imported in imports(path)
+        if (why := broken_arrow(importer, imported))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_passes_name_themselves_only_relatively() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in (ROOT / "passes").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.ImportFrom) and not node.level and node.module)
+        and node.module.split(".")[0] in ("hybrid_fx", "passes")
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("hybrid_fx.passes.rewrite", "hybrid_fx.plan.plan"),
+        ("hybrid_fx.passes.rewrite", "transformers"),
+        ("hybrid_fx.passes.rewrite", "hybrid_fx.errors"),
+        ("hybrid_fx.passes.rewrite", "hybrid_fx.passes.policies.llama"),
+        ("hybrid_fx.plan.plan", "hybrid_fx.engine.stats"),
+        ("hybrid_fx.cache.disk", "hybrid_fx"),
+        ("hybrid_fx.errors", "torch"),
+        ("hybrid_fx.unheard_of.module", "hybrid_fx.plan"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(importer: str, imported: str) -> None:
+    assert broken_arrow(importer, imported)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short_and_narrow(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= MAX_LINES, f"{len(lines)} lines; one idea a file"
+    wide = [number for number, line in enumerate(lines, 1) if len(line) > MAX_COLUMNS]
+    assert not wide, f"lines wider than {MAX_COLUMNS}: {wide}"
+
+
+def test_every_folder_is_installed() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    there = {module_name(path) for path in sources() if path.name == "__init__.py"}
+    assert listed == there
+
+
+def test_import_loads_nothing_optional_and_no_transformers() -> None:
+    names = (*OPTIONAL, "transformers")
+    code = f"import hybrid_fx, sys; print([name for name in {names!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
