@@ -1,12 +1,13 @@
 """What every pass needs of an ``fx.Graph``: names, places, values, and building new nodes.
 
 The graphs here hold placeholders, ``call_function`` nodes of the operator table, and one output.
-Four entries of ``node.meta`` carry what passes look at:
+Five entries of ``node.meta`` carry what passes look at:
 
 * ``path``: the qualified name of the module the node stands in ("" at the root),
 * ``val``: a fake tensor (or symbolic size) that tells shape and dtype,
 * ``weight`` on a placeholder: the qualified name of the parameter or buffer it stands for,
-* ``input`` on a placeholder: the name of the runtime input it stands for.
+* ``input`` on a placeholder: the name of the runtime input it stands for,
+* ``prepared`` on a placeholder: the number of the prepared tensor it stands for.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _FUNCTIONAL = (
 )
 _TORCH = (
     "abs addmm all any amax amin arange argmax baddbmm bmm cat chunk clamp clone conv1d cos cumsum "
-    "diff div einsum empty_like erf exp exp2 expm1 eye flatten flip full full_like gather "
+    "diff div einsum empty_like erf exp exp2 expm1 eye flatten flip full full_like gather histc "
     "index_select isfinite isinf isnan log log1p log2 logical_and logical_not logical_or "
     "logsumexp masked_fill max maximum mean min minimum mm movedim mul norm ones ones_like outer "
     "permute prod reciprocal repeat_interleave reshape roll round rsqrt scatter sigmoid sign sin "

@@ -37,8 +37,8 @@ def known_operator(node: fx.Node) -> str | None:
 
 def bound_placeholder(node: fx.Node) -> str | None:
     """A placeholder says what it stands for."""
-    if node.op == "placeholder" and not {"weight", "input"} & node.meta.keys():
-        return "the placeholder stands for neither a weight nor an input"
+    if node.op == "placeholder" and not {"weight", "input", "prepared"} & node.meta.keys():
+        return "the placeholder stands for no weight, prepared tensor or input"
     return None
 
 

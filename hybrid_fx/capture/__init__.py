@@ -1,0 +1,5 @@
+"""Capture: a decoder's cache-free forward as one graph at torch level."""
+
+from .capture import Captured, capture
+
+__all__ = ["Captured", "capture"]

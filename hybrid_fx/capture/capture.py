@@ -1,0 +1,164 @@
+"""Trace a causal LM's cache-free forward, ``(input_ids, position_ids) -> logits``, once.
+
+The traced call has B = 2 rows and T = 9 tokens, both symbolic in the graph, so that the result
+serves every batch and every length, one included. Placeholders come out bound: weights by their
+qualified names, symbolic sizes by the input they are a size of.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import CaptureError
+from ..passes.graph import sweep
+from ..passes.operators import OPERATORS
+from .dynamo import Trace, trace
+from .peft_seam import traceable_adapters
+from .registry import canonical_attention
+
+_ROWS, _TOKENS = 2, 9
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The captured graph of one training flag.
+
+    Attributes:
+        graph: Placeholders are bound, see :mod:`hybrid_fx.passes.graph`; the output is the logits.
+        module: An fx module over ``graph``'s original, for running it as it was captured.
+        training: The training flag it was captured under.
+    """
+
+    graph: fx.Graph
+    training: bool
+
+
+def _logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    out: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    return out
+
+
+def _refuse(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(f"{type(model).__name__} is an encoder-decoder model")
+    if getattr(config, "attention_chunk_size", None):
+        raise CaptureError("chunked attention reaches only the mask, which capture leaves out")
+
+
+def capture(model: nn.Module, *, training: bool = False) -> Captured:
+    """Capture ``model``'s forward under one training flag; flags are restored.
+
+    Raises:
+        CaptureError: where the forward cannot be traced as one graph with symbolic sizes.
+    """
+    _refuse(model)
+    device = next(iter(model.parameters())).device
+    ids = torch.ones(_ROWS, _TOKENS, dtype=torch.int64, device=device)
+    positions = torch.arange(_TOKENS, device=device).expand(_ROWS, _TOKENS).contiguous()
+    for value in (ids, positions):
+        torch._dynamo.mark_dynamic(value, 0)
+        torch._dynamo.mark_dynamic(value, 1)
+    flags = {module: module.training for module in model.modules()}
+    try:
+        if not training:
+            model.eval()
+        else:
+            for module in flags:
+                module.training = True
+        with torch.set_grad_enabled(training), canonical_attention(model):
+            with traceable_adapters(model):
+                traced = trace(_logits, model, ids, positions)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    return Captured(_bind(traced, model, {"input_ids": ids, "position_ids": positions}), training)
+
+
+def _named_tensors(model: nn.Module) -> dict[int, tuple[str, bool]]:
+    """Identity of every parameter and buffer -> its first qualified name, and if a parameter."""
+    found: dict[int, tuple[str, bool]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), (name, True))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        found.setdefault(id(buffer), (name, False))
+    return found
+
+
+def _bind(traced: Trace, model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.Graph:
+    """Say what each placeholder stands for, where each node stands, and what its value is."""
+    graph = traced.module.graph
+    tensors = _named_tensors(model)
+    identity = {id(tensor): name for name, tensor in inputs.items()}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    symbols: dict[str, tuple[fx.Node, int]] = {}
+    sizes: list[fx.Node] = []
+    for node, value in zip(placeholders, traced.arguments, strict=True):
+        val = node.meta.get("example_value")
+        if isinstance(value, int) or isinstance(val, torch.SymInt):
+            sizes.append(node)
+        elif id(value) in identity:
+            node.meta["input"] = identity[id(value)]
+            for dim, size in enumerate(val.shape):
+                symbols.setdefault(str(size), (node, dim))
+        elif id(value) in tensors:
+            node.meta["weight"], node.meta["parameter"] = tensors[id(value)]
+        else:
+            raise CaptureError(f"the graph reads {node.name}, no parameter, buffer or input")
+    for node in sizes:
+        _bind_size(graph, node, symbols)
+    for name in inputs:
+        if not any(n.meta.get("input") == name for n in graph.nodes):
+            raise CaptureError(f"the forward does not read {name}")
+    paths = {id(module): name for name, module in model.named_modules()}
+    for node in graph.nodes:
+        _place(node, paths)
+    _single_output(graph)
+    sweep(graph)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users and "weight" in node.meta:
+            graph.erase_node(node)
+    return graph
+
+
+def _bind_size(
+    graph: fx.Graph, node: fx.Node, symbols: Mapping[str, tuple[fx.Node, int]]
+) -> None:
+    if node.users:
+        source = symbols.get(str(node.meta.get("example_value")))
+        if source is None:
+            raise CaptureError(f"the graph reads the size {node.name}, of no known input")
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            size = graph.call_function(OPERATORS["size"], (source[0], source[1]))
+        size.meta |= {"path": "", "val": node.meta.get("example_value")}
+        node.replace_all_uses_with(size)
+    graph.erase_node(node)
+
+
+def _place(node: fx.Node, paths: Mapping[int, str]) -> None:
+    """Fill ``path`` and ``val`` from what Dynamo recorded, and drop its own entries."""
+    stack: Mapping[Any, Any] = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for key in stack:
+        number = re.match(r"\d+", str(key))
+        path = paths.get(int(number.group()) if number else -1, path)
+    kept = {k: node.meta[k] for k in ("weight", "parameter", "input") if k in node.meta}
+    val = node.meta.get("val", node.meta.get("example_value"))
+    node.meta.clear()
+    node.meta |= {"path": path, "val": val, **kept}
+
+
+def _single_output(graph: fx.Graph) -> None:
+    output = next(node for node in graph.nodes if node.op == "output")
+    results = output.args[0]
+    logits = results[0] if isinstance(results, tuple | list) else results
+    if not isinstance(logits, fx.Node):
+        raise CaptureError("the forward returned no logits")
+    output.args = (logits,)

@@ -1,0 +1,67 @@
+"""The seam to Dynamo: trace one call of a function and hand over its graph.
+
+Tried on torch 2.11 and 2.13. Dynamo lifts parameters and buffers to placeholders; which tensor
+each one stands for is read from the arguments of the first call, not from its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import CaptureError
+
+
+class _Stop(Exception):
+    """Ends the first run of the compiled function: its arguments are all that was wanted."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graph and the values its placeholders stood for, in order."""
+
+    module: fx.GraphModule
+    arguments: tuple[Any, ...]
+
+
+def _own_code(function: FunctionType) -> FunctionType:
+    """A copy with a code object of its own: Dynamo caches and counts by code object."""
+    code: CodeType = function.__code__.replace(co_name=function.__name__)
+    copy = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def trace(function: Callable[..., Any], *args: Any) -> Trace:
+    """Trace ``function(*args)`` without running it.
+
+    Tensors whose sizes are to stay symbolic must be marked by the caller.
+
+    Raises:
+        CaptureError: where Dynamo breaks the graph, specialises a marked size, or fails.
+    """
+    traces: list[Trace] = []
+
+    def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        def first_run(*arguments: Any) -> Any:
+            traces.append(Trace(module, arguments))
+            raise _Stop
+
+        return first_run
+
+    assert isinstance(function, FunctionType)
+    try:
+        torch.compile(_own_code(function), backend=backend, fullgraph=True)(*args)
+    except _Stop:
+        return traces[0]
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(f"the forward could not be traced as one graph: {first}") from error
+    raise CaptureError("the forward runs no tensor operation; nothing was traced")

@@ -1,0 +1,82 @@
+"""The seam to transformers' attention and mask registries, for the time of one capture.
+
+An entry under a private name makes every attention arrive as the canonical op, without a mask in
+the graph. Entry, configured implementation and masks are restored whatever happens. Tried on
+transformers 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import CaptureError
+
+_NAME = "hybrid_fx_capture"
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if attention_mask is not None or not causal:
+        raise CaptureError(
+            f"{type(module).__name__} attends with a mask of its own or without causality; "
+            "only causal decoders are rewritten"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    out = torch.ops.hybrid_fx.attention(
+        query, key, value, scale, sliding_window or 0, softcap or 0.0, s_aux, dropout
+    )
+    return out, None
+
+
+def _mask(*_: Any, **options: Any) -> None:
+    if options.get("local_size") and options.get("chunked"):
+        raise CaptureError("chunked attention is not rewritten yet")
+    return None
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config object of the model and its submodules that names an implementation."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def canonical_attention(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` call the canonical attention op inside the ``with`` block."""
+    configs = _configs(model)
+    before = [config._attn_implementation_internal for config in configs]
+    ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _attention
+    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _mask
+    try:
+        for config in configs:
+            config._attn_implementation_internal = _NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
