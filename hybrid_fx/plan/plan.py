@@ -1,0 +1,298 @@
+"""A plan: the three generated sources of one model structure, and the manifest that explains them.
+
+Nothing here holds a weight. The manifest names them; the sources take them as arguments.
+Shapes are those of the tensors named (legend: K key-value heads, D head size, V vocabulary).
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import json
+import linecache
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from ..errors import CacheError
+from .plain import (
+    JSON,
+    need_bool,
+    need_positive,
+    need_text,
+    odd,
+    plain,
+    record_fields,
+    set_shape,
+    set_tuple,
+)
+from .source_check import TORCH_CONSTANTS, check_source
+
+FORMAT = 1
+"""Version of the manifest's fields. Raise it with every change to them."""
+SOURCES = ("prepare", "prefill", "decode")
+"""The sources of every plan, in the order in which they run."""
+
+_DTYPES = frozenset(name for name, value in TORCH_CONSTANTS.items() if type(value) is torch.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One argument of the prepare graph: a parameter or buffer of the model.
+
+    Attributes:
+        name: fully qualified name in the model.
+        shape: of the whole tensor.
+        dtype: canonical name without ``torch.``, e.g. ``"bfloat16"``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        need_text(self, "name", "dtype")
+        set_shape(self)
+        if self.dtype not in _DTYPES:
+            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """One tensor that the prepare graph returns and prefill and decode take.
+
+    Attributes:
+        name: of the tensor in the sources.
+        recipe: how it is made, for a person: ``"concat_qkv(…q_proj.weight, …)"``.
+        shape, dtype: as in :class:`Weight`.
+        owns_memory: False where it is a parameter itself or a view of one.
+    """
+
+    name: str
+    recipe: str
+    shape: tuple[int, ...]
+    dtype: str
+    owns_memory: bool
+
+    def __post_init__(self) -> None:
+        need_text(self, "name", "recipe", "dtype")
+        set_shape(self)
+        if self.dtype not in _DTYPES:
+            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+        need_bool(self, "owns_memory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayer:
+    """What one attention layer keeps in the workspace.
+
+    Attributes:
+        path: module path of the attention.
+        kv_heads: K.
+        head_size: D of the keys.
+        value_head_size: D of the values.
+        window: positions a query sees, itself included; None sees all.
+    """
+
+    path: str
+    kv_heads: int
+    head_size: int
+    value_head_size: int
+    window: int | None
+
+    def __post_init__(self) -> None:
+        need_text(self, "path")
+        need_positive(self, "kv_heads", "head_size", "value_head_size")
+        if self.window is not None:
+            need_positive(self, "window")
+
+
+_RECORDS = {"weights": Weight, "prepared": Prepared, "kv": KVLayer}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a person, and a second process, must know to use the sources.
+
+    JSON values are kept plain: tuples inside them become lists, so that a manifest equals the one
+    read back from its own JSON.
+
+    Attributes:
+        format: :data:`FORMAT` of the writer.
+        model: free text, for a person; it never reaches a source.
+        vocab_size: V.
+        weights: arguments of the prepare graph, in order.
+        prepared: what prepare returns and prefill and decode take, in order.
+        kv: one entry an attention layer, in the order of the workspace's tensors.
+        guards: what the capture assumed and the cache key does not hold, name to value.
+        notes: remarks for the report.
+        layers: one report a decoder layer: path, policy, fused, missed.
+
+    Raises:
+        CacheError: for a field of another type, an unknown dtype, a value JSON cannot hold.
+    """
+
+    format: int = FORMAT
+    model: str
+    vocab_size: int
+    weights: tuple[Weight, ...]
+    prepared: tuple[Prepared, ...]
+    kv: tuple[KVLayer, ...]
+    guards: Mapping[str, JSON]
+    notes: tuple[JSON, ...] = ()
+    layers: tuple[JSON, ...] = ()
+
+    def __post_init__(self) -> None:
+        if type(self.format) is not int or self.format != FORMAT:
+            odd(self, "format", f"{FORMAT}; capture the model again")
+        need_text(self, "model")
+        need_positive(self, "vocab_size")
+        for name, kind in _RECORDS.items():
+            set_tuple(self, name, kind)
+        for name in ("notes", "layers"):
+            entries = set_tuple(self, name)
+            value = tuple(plain(entry, f"Manifest.{name}") for entry in entries)
+            object.__setattr__(self, name, value)
+        if not isinstance(self.guards, Mapping):
+            odd(self, "guards", "a mapping of names to JSON values")
+        object.__setattr__(self, "guards", plain(dict(self.guards), "Manifest.guards"))
+
+    def to_json(self) -> dict[str, JSON]:
+        """Return plain JSON values; :meth:`from_json` gives an equal manifest back."""
+        value = plain(asdict(self), "Manifest")
+        assert isinstance(value, dict)
+        return value
+
+    @classmethod
+    def from_json(cls, value: object) -> Manifest:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            CacheError: for a missing or unknown field, or a value of another type.
+        """
+        given = record_fields(cls, value)
+        for name, kind in _RECORDS.items():
+            if type(entries := given[name]) is not list:
+                raise CacheError(f"Manifest.{name}={entries!r:.80} must be a list")
+            given[name] = [kind(**record_fields(kind, entry)) for entry in entries]
+        return cls(**given)
+
+    def broken_guards(self, current: Mapping[str, JSON]) -> tuple[str, ...]:
+        """Return one line for each guard whose ``current`` value differs or is missing."""
+        found = {name: plain(value, f"guard {name!r}") for name, value in current.items()}
+        return tuple(
+            f"{name}: the plan assumes {planned!r}, the model has {found.get(name, 'no value')!r}"
+            for name, planned in self.guards.items()
+            if name not in found or _spelled(found[name]) != _spelled(planned)
+        )
+
+
+def _spelled(value: JSON) -> str:
+    """JSON text: unlike ``==``, it tells True from 1 and 1 from 1.0."""
+    return json.dumps(value, sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The graphs of one model structure.
+
+    Attributes:
+        manifest: what the sources take and return.
+        sources: generated Python text under ``"prepare"``, ``"prefill"`` and ``"decode"``.
+
+    Raises:
+        CacheError: when a source is missing, unknown or not text.
+    """
+
+    manifest: Manifest
+    sources: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if type(self.manifest) is not Manifest:
+            odd(self, "manifest", "a Manifest")
+        if not isinstance(self.sources, Mapping) or set(self.sources) != set(SOURCES):
+            odd(self, "sources", f"a mapping with exactly the keys {', '.join(SOURCES)}")
+        if not all(type(source) is str for source in self.sources.values()):
+            odd(self, "sources", "a mapping of names to text")
+        object.__setattr__(self, "sources", {name: self.sources[name] for name in SOURCES})
+
+    def to_json(self) -> dict[str, JSON]:
+        """Return plain JSON values, the sources line by line so that a person can diff them."""
+        lines: dict[str, JSON] = {name: [*text.split("\n")] for name, text in self.sources.items()}
+        return {"manifest": self.manifest.to_json(), "sources": lines}
+
+    @classmethod
+    def from_json(cls, value: object) -> Plan:
+        """Read what :meth:`to_json` wrote. The sources are text here; nothing of them runs.
+
+        Raises:
+            CacheError: for a missing or unknown field, or a value of another type.
+        """
+        given = record_fields(cls, value)
+        if type(sources := given["sources"]) is not dict:
+            raise CacheError(f"Plan.sources={sources!r:.80} must be an object of lines")
+        for name, lines in sources.items():
+            if type(lines) is not list or not all(type(line) is str for line in lines):
+                raise CacheError(f"Plan.sources[{name!r:.80}] must be a list of lines")
+        texts = {name: "\n".join(lines) for name, lines in sources.items()}
+        return cls(manifest=Manifest.from_json(given["manifest"]), sources=texts)
+
+
+class OperatorTable(types.SimpleNamespace):
+    """What a generated source calls ``op``: the operators and torch's constants, read only."""
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"op.{name} cannot be set; the operator table is read only")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"op.{name} cannot be deleted; the operator table is read only")
+
+
+def load_functions(
+    plan_source: str, operators: Mapping[str, Callable[..., Any]], *, name: str = "plan"
+) -> Mapping[str, Callable[..., Any]]:
+    """Check ``plan_source``, then run it, and return its functions by name, in order.
+
+    The functions can name nothing but ``op``, ``slice``, ``inf``, ``nan`` and one another. Their
+    text is in :mod:`linecache` under ``<hybrid_fx NAME DIGEST>``: a debugger steps through it.
+
+    Args:
+        plan_source: one source of a plan.
+        operators: the table behind ``op``.
+        name: for the file name that tracebacks show, e.g. ``"decode"``.
+
+    Raises:
+        CacheError: for a source outside the grammar of :mod:`.source_check`; nothing has run.
+        ValueError: for an operator whose name is not usable or belongs to a torch constant.
+    """
+    for operator in operators:
+        if not operator.isidentifier() or operator.startswith("__"):
+            raise ValueError(f"operator {operator!r} is not a plain identifier; rename it")
+        if operator in TORCH_CONSTANTS:
+            raise ValueError(f"operator {operator!r} has the name of a torch constant; rename it")
+    tree = check_source(plan_source, operators)
+    digest = hashlib.sha256(plan_source.encode()).hexdigest()[:12]
+    filename = f"<hybrid_fx {name} {digest}>"
+    namespace: dict[str, Any] = {
+        # torch's C code imports lazily through the builtins of the frame that called it. The
+        # grammar has neither an import nor a name with two underscores: a source cannot reach it.
+        "__builtins__": {"__import__": builtins.__import__},
+        "__name__": f"hybrid_fx generated {name}",
+        "op": OperatorTable(**operators, **TORCH_CONSTANTS),
+        "slice": slice,
+        "inf": math.inf,
+        "nan": math.nan,
+    }
+    given = set(namespace)
+    linecache.cache[filename] = (
+        len(plan_source),
+        None,
+        [line + "\n" for line in plan_source.split("\n")],
+        filename,
+    )
+    exec(compile(tree, filename, "exec", dont_inherit=True), namespace)
+    return {key: value for key, value in namespace.items() if key not in given | {"__doc__"}}
