@@ -1,0 +1,264 @@
+"""Plans on the disk: one JSON file a key, in a directory that only its user can write.
+
+A file counts only if it is a regular file of this user that nobody else may write, carries the
+digest it is asked for and a matching checksum, and its sources pass the grammar. Anything else is
+one warning and a miss. Writing goes through a temporary file, fsync and rename, so that a reader
+sees a whole file or none, whatever dies in between and however many processes write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import tempfile
+import time
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ..errors import CacheError
+from ..plan.plan import Plan
+from ..plan.source_check import check_source
+
+FORMAT = 1
+"""Version of the file's envelope."""
+MAX_BYTES = 2**26
+"""Largest file that is read; a plan takes 50 KB to 3 MB."""
+STALE_SECONDS = 3600
+"""Age at which the temporary file of a writer that died is swept away."""
+
+_DIGEST = re.compile(r"[0-9a-f]{8,128}")
+_ENTRY = re.compile(r"[0-9a-f]{8,128}\.json")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8,128}\.[^/]*\.tmp")
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+def default_directory() -> Path:
+    """Return ``$XDG_CACHE_HOME/hybrid_fx`` or ``~/.cache/hybrid_fx``.
+
+    Raises:
+        CacheError: when the user has no home directory.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # A relative value is to be ignored, says the XDG base directory specification.
+        base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise CacheError(f"no directory for plans ({error}); set cache_dir or HOME") from None
+    return base / "hybrid_fx"
+
+
+def check_digest(digest: str) -> str:
+    """Return ``digest`` if it can be the name of a file.
+
+    Raises:
+        CacheError: for anything but 8 to 128 lower-case hexadecimal digits.
+    """
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise CacheError(f"key digest {digest!r:.80} must be 8 to 128 lower-case hex digits")
+    return digest
+
+
+class DiskStore:
+    """The plans under one directory. The constructor touches nothing.
+
+    No method raises for what it finds on the disk: the first trouble with the directory, and each
+    bad file, is one ``RuntimeWarning``, and the caller goes on without.
+
+    Args:
+        directory: created at the first write with mode 0700, missing parents too.
+        operator_names: what the sources of a plan may call; a plan that calls more is a miss.
+        limit: files to keep; the ones unused for longest go first, when a new one is written.
+    """
+
+    def __init__(
+        self, directory: Path, *, operator_names: Collection[str], limit: int = 256
+    ) -> None:
+        self.directory = Path(directory)
+        self.limit = limit
+        self._operator_names = frozenset(operator_names)
+        self._warned = False
+
+    def path(self, digest: str) -> Path:
+        """Return the file of ``digest``."""
+        return self.directory / f"{check_digest(digest)}.json"
+
+    def read(self, digest: str) -> Plan | None:
+        """Return the plan stored for ``digest``, or None."""
+        path = self.path(digest)
+        try:
+            _check_owner(os.stat(self.directory), self.directory, "directory")
+        except FileNotFoundError:
+            return None
+        except (CacheError, OSError) as error:
+            self._trouble("read", error)
+            return None
+        try:
+            return self._decode(_read_own_file(path), digest)
+        except FileNotFoundError:
+            return None
+        except (CacheError, OSError, RecursionError) as error:
+            warnings.warn(
+                f"hybrid_fx: the stored plan {path} is not used ({error}); the model is captured "
+                "again and the file replaced",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return None
+
+    def write(self, digest: str, plan: Plan) -> bool:
+        """Store ``plan`` under ``digest``; return whether that went well."""
+        path = self.path(digest)
+        content = _encode(digest, plan)
+        try:
+            _make_private(self.directory)
+            _check_owner(os.stat(self.directory), self.directory, "directory")
+            _replace_file(path, content)
+        except (CacheError, OSError) as error:
+            self._trouble("written", error)
+            return False
+        self._prune(path.name)
+        return True
+
+    def _trouble(self, verb: str, error: Exception) -> None:
+        """Warn, once in the life of this store: the next call would say the same."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"hybrid_fx: plans under {self.directory} cannot be {verb} ({error}); going on "
+                "without. Set cache_dir to a directory of your own, or disk_cache=False",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _decode(self, content: bytes, digest: str) -> Plan:
+        try:
+            value = json.loads(content.decode("ascii"), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise CacheError(f"damaged: {error}") from None
+        if type(value) is not dict or set(value) != {"format", "key", "sha256", "plan"}:
+            raise CacheError("damaged: not the fields of a stored plan")
+        if value["format"] != FORMAT:
+            raise CacheError(f"its format is {value['format']!r:.40}, this version reads {FORMAT}")
+        if value["key"] != digest:
+            raise CacheError(f"it belongs to another key, {value['key']!r:.80}")
+        if value["sha256"] != _checksum(digest, value["plan"]):
+            raise CacheError("damaged: the checksum does not match")
+        plan = Plan.from_json(value["plan"])
+        for source in plan.sources.values():
+            check_source(source, self._operator_names)
+        return plan
+
+    def _prune(self, newest: str) -> None:
+        """Remove what was unused for longest, and what dead writers left. Best effort."""
+        aged: list[tuple[int, str]] = []
+        stale = time.time() - STALE_SECONDS
+        with contextlib.suppress(OSError), os.scandir(self.directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    used = entry.stat(follow_symlinks=False)
+                    if not stat.S_ISREG(used.st_mode):
+                        continue
+                    if _ENTRY.fullmatch(entry.name) and entry.name != newest:
+                        aged.append((used.st_mtime_ns, entry.path))
+                    elif _TEMPORARY.fullmatch(entry.name) and used.st_mtime < stale:
+                        os.unlink(entry.path)
+        keep = max(self.limit - 1, 0)
+        for _, path in sorted(aged)[: max(len(aged) - keep, 0)]:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _encode(digest: str, plan: Plan) -> bytes:
+    value = plan.to_json()
+    envelope = {"format": FORMAT, "key": digest, "sha256": _checksum(digest, value), "plan": value}
+    return (json.dumps(envelope, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+def _checksum(digest: str, plan: Any) -> str:
+    """SHA-256 of everything else in the file, in one fixed spelling."""
+    spelled = json.dumps([FORMAT, digest, plan], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(spelled.encode("ascii")).hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise CacheError("damaged: an object names one field twice")
+    return value
+
+
+def _make_private(directory: Path) -> None:
+    """Create ``directory``, and each missing parent, for this user alone."""
+    if not directory.exists():
+        _make_private(directory.parent)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+
+
+def _check_owner(found: os.stat_result, path: Path, kind: str) -> None:
+    """Refuse what another user owns or may write.
+
+    Raises:
+        CacheError: naming the owner or the mode, and the remedy.
+    """
+    if kind == "directory" and not stat.S_ISDIR(found.st_mode):
+        raise CacheError(f"{path} is not a directory")
+    if hasattr(os, "getuid"):
+        if found.st_uid != os.getuid():
+            raise CacheError(f"the {kind} {path} belongs to user {found.st_uid}, not {os.getuid()}")
+        if found.st_mode & _WRITABLE_BY_OTHERS:
+            mode = stat.S_IMODE(found.st_mode)
+            raise CacheError(
+                f"the {kind} {path} has mode {mode:04o}: others may write it; chmod go-w"
+            )
+
+
+def _read_own_file(path: Path) -> bytes:
+    """Return the bytes of ``path``, a regular file of this user; never follow a link to it."""
+    # O_NONBLOCK: a pipe laid in our way must not hang the open.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise CacheError(f"{path} is not a regular file")
+        _check_owner(found, path, "file")
+        if found.st_size > MAX_BYTES:
+            raise CacheError(f"it has {found.st_size} bytes, above the limit of {MAX_BYTES}")
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(MAX_BYTES)
+        if os.utime in os.supports_fd:
+            with contextlib.suppress(OSError):  # a read-only disk cannot note the use
+                os.utime(descriptor)
+    finally:
+        os.close(descriptor)
+    return content
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` in one step that survives a crash."""
+    descriptor, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp"
+    )
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with contextlib.suppress(OSError):  # not every file system can sync a directory
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
