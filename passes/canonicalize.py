@@ -201,6 +201,16 @@ def _times(graph: fx.Graph, node: fx.Node) -> Any:
     return None
 
 
+def _getitem(graph: fx.Graph, node: fx.Node) -> Any:
+    """A slice that takes everything goes."""
+    source, index = node.args
+    whole = (slice(None), slice(0, None), slice(None, None, 1), slice(0, None, 1), ...)
+    parts = index if isinstance(index, tuple) else (index,)
+    if shape_of(source) is None or not parts:
+        return None
+    return source if all(any(part == w for w in whole) for part in parts) else None
+
+
 def _view(graph: fx.Graph, node: fx.Node) -> Any:
     """A view as it was goes; ``view(addmm(b, view(x, -1, n), w), size)`` of Conv1D is a linear."""
     inner = node.args[0]
@@ -237,6 +247,7 @@ _RULES: dict[str, Callable[[fx.Graph, fx.Node], Any]] = {
     "relu": _activation,
     "silu": _activation,
     "linear": _linear,
+    "getitem": _getitem,
     "mul": _times,
     "view": _view,
     "reshape": _view,

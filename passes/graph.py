@@ -13,7 +13,7 @@ Five entries of ``node.meta`` carry what passes look at:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,10 +88,10 @@ def sweep(graph: fx.Graph) -> int:
 
 @contextlib.contextmanager
 def after(graph: fx.Graph, node: fx.Node) -> Iterator[None]:
-    """Insert new nodes behind ``node``; behind the last placeholder where it is one."""
+    """Insert new nodes behind ``node``, in the order they are made; never among placeholders."""
     if node.op == "placeholder":
         node = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    with graph.inserting_after(node):
+    with graph.inserting_before(node.next):
         yield
 
 
@@ -132,18 +132,6 @@ def fresh_input(graph: fx.Graph, name: str, val: Any = None) -> fx.Node:
 def order(graph: fx.Graph) -> dict[fx.Node, int]:
     """Each node's place in the graph."""
     return {node: index for index, node in enumerate(graph.nodes)}
-
-
-def last_of(graph: fx.Graph, nodes: Iterable[fx.Node]) -> fx.Node:
-    """The node that stands last in the graph."""
-    place = order(graph)
-    return max(nodes, key=place.__getitem__)
-
-
-def move_before_first_user(node: fx.Node) -> None:
-    """Let a node stand right before the first node that uses it."""
-    place = order(node.graph)
-    min(node.users, key=place.__getitem__).prepend(node)
 
 
 def tail_names(path: str, prefix: str) -> str:

@@ -57,13 +57,15 @@ def _build() -> dict[str, Callable[..., Any]]:
     ):
         table |= {name: getattr(owner, name) for name in names.split() if hasattr(owner, name)}
     table["gather_along"] = table.pop("gather")
+    table["vector_norm"] = torch.linalg.vector_norm
+    table["linalg_norm"] = torch.linalg.norm
     table["attention"] = attention.attention
     for module, names in (
         (attention, "attend attend_one"),
         (
             kernels,
             "rms_norm add_rms_norm add_layer_norm gated_mlp plain_mlp gather concat_rows "
-            "fold_lora last_tokens store",
+            "fold_lora fold_dora fold_error wide last_tokens store",
         ),
     ):
         table |= {name: getattr(module, name) for name in names.split()}

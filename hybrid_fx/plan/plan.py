@@ -131,6 +131,7 @@ class Manifest:
         guards: what the capture assumed and the cache key does not hold, name to value.
         notes: remarks for the report.
         layers: one report a decoder layer: path, policy, fused, missed.
+        lora: the adapted modules that are folded, in the order in which ``measure`` reports them.
 
     Raises:
         CacheError: for a field of another type, an unknown dtype, a value JSON cannot hold.
@@ -145,6 +146,7 @@ class Manifest:
     guards: Mapping[str, JSON]
     notes: tuple[JSON, ...] = ()
     layers: tuple[JSON, ...] = ()
+    lora: tuple[JSON, ...] = ()
 
     def __post_init__(self) -> None:
         if type(self.format) is not int or self.format != FORMAT:
@@ -153,7 +155,7 @@ class Manifest:
         need_positive(self, "vocab_size")
         for name, kind in _RECORDS.items():
             set_tuple(self, name, kind)
-        for name in ("notes", "layers"):
+        for name in ("notes", "layers", "lora"):
             entries = set_tuple(self, name)
             value = tuple(plain(entry, f"Manifest.{name}") for entry in entries)
             object.__setattr__(self, name, value)
@@ -257,7 +259,7 @@ def load_functions(
 ) -> Mapping[str, Callable[..., Any]]:
     """Check ``plan_source``, then run it, and return its functions by name, in order.
 
-    The functions can name nothing but ``op``, ``slice``, ``inf``, ``nan`` and one another. Their
+    The functions can name nothing but the operators, a few constants and one another. Their
     text is in :mod:`linecache` under ``<hybrid_fx NAME DIGEST>``: a debugger steps through it.
 
     Args:
@@ -286,6 +288,7 @@ def load_functions(
         "slice": slice,
         "inf": math.inf,
         "nan": math.nan,
+        "Ellipsis": ...,
     }
     given = set(namespace)
     linecache.cache[filename] = (

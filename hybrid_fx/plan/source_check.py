@@ -5,8 +5,8 @@ list, and what is compiled afterwards is the very tree that was checked:
 
     module      a docstring, then functions; each name once, plain positional parameters
     statement   name = expr      a, b = expr      del a, b      return expr      a call
-    expr        a bound name, inf, nan, a constant, -number, -name, (…), […], {constant: …},
-                name[1], name[1][2], op.<torch constant>, a call
+    expr        a bound name, inf, nan, Ellipsis, a constant, -number, -name, (…), […],
+                {constant: …}, name[1], name[1][2], op.<torch constant>, a call
     call        op.<operator>(expr, *name[1], key=expr)      slice(expr, …)
                 <a function defined above>(expr, *name[1])
 
@@ -32,7 +32,8 @@ MAX_CALLS = 4_000_000
 """Most operator calls of one function; 61 layers of 256 unrolled experts make 0.3 million."""
 MAX_DEPTH = 40
 """Deepest nesting of one expression."""
-RESERVED = frozenset({"op", "slice", "inf", "nan"})
+_VALUE_NAMES = frozenset({"inf", "nan", "Ellipsis"})
+RESERVED = frozenset({"op", "slice"}) | _VALUE_NAMES
 """Names a source finds in its namespace and may not bind."""
 
 _CONSTANT_TYPES = (torch.dtype, torch.memory_format, torch.layout)
@@ -201,7 +202,7 @@ class _Body:
                 _refuse(node, _kind(node))
 
     def name(self, node: ast.Name) -> None:
-        if node.id not in ("inf", "nan"):
+        if node.id not in _VALUE_NAMES:
             self.variable(node)
 
     def variable(self, node: ast.Name) -> None:

@@ -2,7 +2,7 @@
 weights (Conv1D), plain MLP with the tanh form of GELU."""
 
 from .patterns import LAYER_NORM, OUTPUT, linear, plain_mlp
-from .schema import Policy, Role
+from ..roles import Policy, Role
 
 GPT2 = Policy(
     name="gpt2",

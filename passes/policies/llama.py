@@ -2,7 +2,7 @@
 positions, separate q, k, v with or without bias, gated SiLU MLP."""
 
 from .patterns import OUTPUT, RMS_NORM, ROTARY, gated_mlp, linear
-from .schema import Policy, Role
+from ..roles import Policy, Role
 
 LLAMA = Policy(
     name="llama",

@@ -2,7 +2,7 @@
 plain ReLU MLP without a module of its own."""
 
 from .patterns import LAYER_NORM, OUTPUT, linear, plain_mlp
-from .schema import Policy, Role
+from ..roles import Policy, Role
 
 OPT = Policy(
     name="opt",

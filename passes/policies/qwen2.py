@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from .llama import LLAMA
 from .patterns import linear
-from .schema import Role
+from ..roles import Role
 
 _BIASED = linear(biased=True)
 

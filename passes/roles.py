@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..graph import inside
-from ..layers import nodes_of
-from ..pattern import Match, NoMatch, Pattern, match
+from .graph import inside
+from .layers import nodes_of
+from .pattern import Match, NoMatch, Pattern, match
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,236 @@
+"""Build a plan from a captured graph: the compiler, as it reads.
+
+    canonical graph -> match policies -> rewrite -> gather -> hoist -> thread the workspace -> emit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from ..passes.emit import emit
+from ..passes.fold_lora import site_of
+from ..passes.graph import calls, inside, name_of, path_of, shape_of, value_of
+from ..passes.hoist import Hoisted, hoist
+from ..passes.layers import layer_paths
+from ..passes.operators import OPERATORS
+from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, copy_graph
+from ..passes.policies import POLICIES
+from ..passes.rewrite import Context, PassRecord, run_passes
+from ..passes.roles import LayerMatch, match_layer
+from ..passes.thread_kv import kv_shapes
+from .plan import KVLayer, Manifest, Plan, Prepared, Weight
+
+INPUTS = ("input_ids", "position_ids", "slots", "key_valid", "pitch", "keep")
+_MEMORY = ("prepared", "keys", "values")
+
+#: What a pass gives a layer, by the operator that it leaves there.
+_FUSED = {
+    "rms_norm": "norm",
+    "add_rms_norm": "residual + norm",
+    "add_layer_norm": "residual + norm",
+    "gated_mlp": "mlp",
+    "plain_mlp": "mlp",
+}
+
+
+def normalize(graph: fx.Graph) -> fx.Graph:
+    """The canonical form of a captured graph, in place.
+
+    Raises:
+        IllegalGraphError: where an operation is not in the operator table.
+    """
+    run_passes(graph, NORMALIZE, Context())
+    return graph
+
+
+def build_plan(
+    canonical: fx.Graph,
+    *,
+    model: str,
+    vocab_size: int,
+    side: frozenset[str] = frozenset(),
+    disable_passes: Sequence[str] = (),
+) -> Plan:
+    """Rewrite a canonical graph (left as it is) into a plan.
+
+    Args:
+        model: What the model is called, for people.
+        side: Adapted modules, relative to their layer, whose LoRA stays a branch.
+        disable_passes: Names of optional passes to leave out.
+    """
+    graph = copy_graph(canonical)
+    layers = {path: match_layer(graph, path, POLICIES) for path in layer_paths(graph)}
+    context = Context(layers=layers, side=side)
+    wanted = tuple((name, run) for name, run in OPTIONAL if name not in disable_passes)
+    records = run_passes(graph, wanted + STAGE, context)
+    reports = [_report(graph, match, records) for match in layers.values()]
+    kv = tuple(
+        KVLayer(
+            path=shape.path,
+            kv_heads=shape.heads,
+            head_size=shape.key_size,
+            value_head_size=shape.value_size,
+            window=shape.window or None,
+        )
+        for shape in kv_shapes(graph)
+    )
+    staged = hoist(graph)
+    weights = _number_weights(staged.prepare)
+    prepare, sites = _prepare_source(staged, list(layers))
+    sources = {"prepare": prepare}
+    for stage, passes in (("prefill", PREFILL), ("decode", DECODE)):
+        body = copy_graph(staged.body)
+        run_passes(body, passes, context)
+        sources[stage] = emit(
+            body,
+            function=stage,
+            parameters=INPUTS + _MEMORY,
+            layer_name="decoder_layer",
+            layers=list(layers),
+        )
+    manifest = Manifest(
+        model=model,
+        vocab_size=vocab_size,
+        weights=weights,
+        prepared=_prepared(staged),
+        kv=kv,
+        guards={},
+        layers=tuple(reports),
+        lora=tuple(sites),
+    )
+    return Plan(manifest=manifest, sources=sources)
+
+
+def _dtype(value: Any) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _number_weights(prepare: fx.Graph) -> tuple[Weight, ...]:
+    found = []
+    for index, node in enumerate(n for n in prepare.nodes if n.op == "placeholder"):
+        node.meta["index"] = index
+        shape = tuple(int(size) for size in shape_of(node) or ())
+        found.append(Weight(name=node.meta["weight"], shape=shape, dtype=_dtype(value_of(node))))
+    return tuple(found)
+
+
+def _prepared(staged: Hoisted) -> tuple[Prepared, ...]:
+    results = next(n for n in staged.prepare.nodes if n.op == "output").args[0]
+    assert isinstance(results, tuple)
+    return tuple(
+        Prepared(
+            name=name,
+            recipe=recipe,
+            shape=tuple(int(size) for size in shape_of(node) or ()),
+            dtype=_dtype(value_of(node)),
+            owns_memory=owned,
+        )
+        for node, name, recipe, owned in zip(
+            results, staged.names, staged.recipes, staged.owned, strict=True
+        )
+    )
+
+
+def _by_layer(graph: fx.Graph, layers: Sequence[str], outputs: Sequence[fx.Node]) -> fx.Graph:
+    """A copy in which each layer's nodes stand together, followed by the stores of its results."""
+    groups: list[list[fx.Node]] = [[] for _ in range(len(layers) + 1)]
+    for node in graph.nodes:
+        if node.op == "call_function":
+            number = next((i for i, path in enumerate(layers) if inside(node, path)), -1)
+            groups[number + 1].append(node)
+    new, copies = fx.Graph(), {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = new.node_copy(node)
+    target = new.placeholder("prepared")
+    target.meta |= {"path": "", "input": "prepared"}
+    for group in groups:
+        members = set(group)
+        for node in group:
+            copies[node] = new.node_copy(node, lambda n: copies[n])
+        for index, node in enumerate(outputs):
+            if node in members or (node.op == "placeholder" and group is groups[0]):
+                stored = new.call_function(OPERATORS["store"], (target, index, copies[node]))
+                stored.meta["path"] = ""
+    new.output(None)
+    return new
+
+
+def _prepare_source(staged: Hoisted, layers: Sequence[str]) -> tuple[str, list[str]]:
+    """The prepare graph as source, with a function that measures each fold; and their sites."""
+    graph = staged.prepare
+    results = next(n for n in graph.nodes if n.op == "output").args[0]
+    assert isinstance(results, tuple)
+    parameters = ("weights", "prepared")
+    source = emit(
+        _by_layer(graph, layers, results),
+        function="prepare",
+        parameters=parameters,
+        layer_name="prepare_layer",
+        layers=layers,
+    )
+    folds = calls(graph, "fold_lora", "fold_dora")
+    if not folds:
+        return source, []
+    measured = copy_graph(graph)
+    output = next(n for n in measured.nodes if n.op == "output")
+    errors = []
+    for fold in calls(measured, "fold_lora", "fold_dora"):
+        with measured.inserting_before(output):
+            wide = measured.call_function(OPERATORS["wide"], (fold.args[0],))
+            exact = measured.call_function(fold.target, (wide, *fold.args[1:]))  # type: ignore[arg-type]
+            error = measured.call_function(OPERATORS["fold_error"], (fold.args[0], exact))
+        for node in (wide, exact, error):
+            node.meta["path"] = path_of(fold)
+        errors.append(error)
+    output.args = (tuple(errors),)
+    _drop_unused(measured)
+    source += "\n\n" + emit(
+        _by_layer(measured, layers, errors),
+        function="measure",
+        parameters=parameters,
+        layer_name="measure_layer",
+        layers=layers,
+    )
+    return source, [site_of(path_of(fold)) for fold in folds]
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+
+
+def _report(
+    graph: fx.Graph, match: LayerMatch, records: Sequence[PassRecord]
+) -> Mapping[str, Any]:
+    """What became of one layer, as plain values."""
+    here = [n for n in graph.nodes if n.op == "call_function" and inside(n, match.path)]
+    names = [name_of(node) for node in here]
+    fused = {_FUSED[name] for name in names if name in _FUSED}
+    if "concat_rows" in names:
+        joined = [len(n.args) for n in here if name_of(n) == "concat_rows"]
+        fused |= {"qkv" if count == 3 else "gate_up" for count in joined}
+    folds = sum(name in ("fold_lora", "fold_dora") for name in names)
+    if folds:
+        fused.add(f"lora ({folds} folded)")
+    missed = [
+        {"what": name, "node": miss.node, "expected": miss.expected, "found": miss.found}
+        for name, miss in match.missing.items()
+    ]
+    missed += [
+        {"what": record.name, "node": miss.node, "expected": miss.expected, "found": miss.found}
+        for record in records
+        for path, miss in record.result.misses
+        if path == match.path or path.startswith(match.path + ".")
+    ]
+    return {
+        "path": match.path,
+        "policy": match.policy.name if match else None,
+        "nearest": match.policy.name,
+        "fused": sorted(fused),
+        "missed": missed,
+    }

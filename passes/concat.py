@@ -1,0 +1,84 @@
+"""Linear layers that read the same input become one, over stacked weights.
+
+``concat_qkv`` joins the query, key and value projections, ``concat_gate_up`` gate and up. The
+stacked weights depend on parameters only, so the hoist pass moves them into the prepare graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from .binding import weight_only, weights_first
+from .graph import call, order, path_of, shape_of, sweep
+from .pattern import Match, NoMatch
+from .roles import find_role
+from .rewrite import Context, PassResult
+
+
+def _joined(graph: fx.Graph, found: Sequence[Match]) -> fx.Node | NoMatch:
+    """One linear in place of several; each old one becomes a slice of it."""
+    roots = [match.root for match in found]
+    first = found[0]
+    for match in found[1:]:
+        if match["x"] is not first["x"]:
+            return NoMatch(match.root.name, f"the input {first['x'].name}", match["x"].name)
+        if (match["bias"] is None) != (first["bias"] is None):
+            return NoMatch(match.root.name, "a bias on all of them or on none", "some")
+    weights, biases = [m["weight"] for m in found], [m["bias"] for m in found]
+    rows = [(shape_of(weight) or (None,))[0] for weight in weights]
+    if not all(isinstance(size, int) for size in rows):
+        return NoMatch(roots[0].name, "weights of known sizes", str(rows))
+    weights_first(graph)
+    place = order(graph)
+    early = min(roots, key=place.__getitem__)
+    path = path_of(early).rsplit(".", 1)[0]
+    with graph.inserting_before(early):
+        weight = call(graph, "concat_rows", *weights, path=path)
+        bias = None if biases[0] is None else call(graph, "concat_rows", *biases, path=path)
+        joined = call(graph, "linear", first["x"], weight, bias, path=path)
+        parts = call(graph, "split", joined, rows, -1, path=path)
+        slices = [call(graph, "getitem", parts, i, path=path) for i in range(len(found))]
+    for old, new in zip(roots, slices, strict=True):
+        old.replace_all_uses_with(new)
+    return joined
+
+
+def _on_tokens(graph: fx.Graph, found: Sequence[Match]) -> Match:
+    """The first match that reads tokens: adapters also multiply weights with one another."""
+    fixed = weight_only(graph)
+    return next((match for match in found if match["x"] not in fixed), found[0])
+
+
+def _join_roles(graph: fx.Graph, context: Context, roles: Sequence[str]) -> PassResult:
+    count, misses = 0, []
+    for path, layer in context.layers.items():
+        wanted = [layer.policy.role(name) for name in roles]
+        if any(role is None for role in wanted):
+            continue
+        found = [find_role(graph, role, path) for role in wanted if role is not None]
+        failure = next((f for f in found if isinstance(f, NoMatch)), None)
+        if failure is None:
+            result = _joined(graph, [_on_tokens(graph, f) for f in found])
+            failure = result if isinstance(result, NoMatch) else None
+        if failure is None:
+            count += 1
+        else:
+            misses.append((path, failure))
+    if count:
+        sweep(graph)
+    return PassResult(count, tuple(misses))
+
+
+def concat_qkv(graph: fx.Graph, context: Context) -> PassResult:
+    """One product for the roles ``q``, ``k`` and ``v`` of each layer."""
+    return _join_roles(graph, context, ("q", "k", "v"))
+
+
+def concat_gate_up(graph: fx.Graph, context: Context) -> PassResult:
+    """One product for the roles ``gate`` and ``up`` of each layer."""
+    return _join_roles(graph, context, ("gate", "up"))
+
+
+__all__ = ["concat_gate_up", "concat_qkv"]

@@ -1,0 +1,274 @@
+"""Write a graph as Python source, with each kind of decoder layer written once.
+
+The nodes of a layer become a function whose text names no layer: its activations and tensors are
+parameters. Layers with the same text share one function, which the root calls once for each with
+that layer's tensors. The source holds assignments, calls of ``op.<operator>`` and of functions
+defined above, ``del`` and ``return``; nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from keyword import iskeyword
+
+import torch
+from torch import fx
+
+from .graph import inside, path_of, tail_names
+from .operators import operator_name
+
+#: Names that the source uses for something else.
+_RESERVED = frozenset({"op", "slice", "inf", "nan", "weights", "prepared", "keys", "values"})
+
+
+@dataclass
+class _Region:
+    """The nodes of one layer, what they read from outside and what is read of them."""
+
+    layer: str
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+
+
+@dataclass
+class _Writer:
+    """Names and lines of one function body."""
+
+    names: dict[fx.Node, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    lines: list[str] = field(default_factory=list)
+
+    def name(self, node: fx.Node, wish: str) -> str:
+        base = re.sub(r"\W", "_", wish)
+        base = re.sub(r"_\d+$", "", base) or "value"
+        if base[0].isdigit() or base.startswith("_") or base in _RESERVED or iskeyword(base):
+            base = f"x_{base}"
+        name, number = base, 1
+        while name in self.taken:
+            number += 1
+            name = f"{base}_{number}"
+        self.taken.add(name)
+        self.names[node] = name
+        return name
+
+    def spell(self, value: object) -> str:
+        """A value as source."""
+        if isinstance(value, fx.Node):
+            return self.names[value]
+        if isinstance(value, tuple):
+            inner = ", ".join(map(self.spell, value))
+            return f"({inner},)" if len(value) == 1 else f"({inner})"
+        if isinstance(value, list):
+            return f"[{', '.join(map(self.spell, value))}]"
+        if isinstance(value, slice):
+            return f"slice({', '.join(map(self.spell, (value.start, value.stop, value.step)))})"
+        if isinstance(value, torch.dtype):
+            return f"op.{str(value).removeprefix('torch.')}"
+        if isinstance(value, torch.device):
+            return repr(str(value))
+        if value is ...:
+            return "..."
+        if isinstance(value, torch.memory_format | torch.layout):
+            return f"op.{str(value).removeprefix('torch.')}"
+        if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
+            return {"nan": "nan", "inf": "inf", "-inf": "-inf"}[str(value)]
+        return repr(value)
+
+    def call(self, node: fx.Node) -> str:
+        args = [self.spell(arg) for arg in node.args]
+        args += [f"{key}={self.spell(value)}" for key, value in node.kwargs.items()]
+        return f"op.{operator_name(node.target)}({', '.join(args)})"
+
+    def forget(self, done: Sequence[fx.Node], live: Callable[[fx.Node], bool]) -> None:
+        """Drop names that nothing reads any more, so that memory goes back at once."""
+        gone = [self.names[node] for node in dict.fromkeys(done) if not live(node)]
+        if gone:
+            self.lines.append(f"del {', '.join(gone)}")
+
+
+def _regions(graph: fx.Graph, layers: Sequence[str]) -> list[_Region]:
+    """Each layer that can stand as one function: its inputs are all computed before it."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    found = []
+    for layer in layers:
+        nodes = [n for n in graph.nodes if n.op == "call_function" and inside(n, layer)]
+        members = set(nodes)
+        if not nodes:
+            continue
+        inputs = dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in members)
+        outputs = [n for n in nodes if any(user not in members for user in n.users)]
+        users = [user for n in outputs for user in n.users if user not in members]
+        late = max((place[s] for s in inputs), default=-1)
+        if all(place[user] > place[nodes[-1]] for user in users) and late < place[nodes[-1]]:
+            found.append(_Region(layer, nodes, list(inputs), outputs))
+    return found
+
+
+def _pull_inputs_up(graph: fx.Graph, regions: Sequence[_Region]) -> list[_Region]:
+    """Move what a layer reads, but stands among its nodes, in front of it, where that is sound."""
+    kept = []
+    for region in regions:
+        place = {node: i for i, node in enumerate(graph.nodes)}
+        first = region.nodes[0]
+        members = set(region.nodes)
+        strays = [s for s in region.inputs if place[s] > place[first]]
+        todo, movable = list(strays), []
+        sound = True
+        while todo:
+            node = todo.pop()
+            if node in members or node.op == "placeholder":
+                sound = sound and node not in members
+                continue
+            if place[node] > place[first] and node not in movable:
+                movable.append(node)
+                todo += node.all_input_nodes
+        if sound:
+            for node in sorted(movable, key=place.__getitem__):
+                first.prepend(node)
+            kept.append(region)
+    return kept
+
+
+def _input_name(node: fx.Node, region: _Region, shared: set[fx.Node]) -> str:
+    """What a layer function calls an input: by its place in the layer, never by its number."""
+    if "prepared" in node.meta:
+        return tail_names(str(node.meta["prepared_name"]), region.layer)
+    if "weight" in node.meta:
+        return tail_names(str(node.meta["weight"]), region.layer)
+    if _is_memory(node):
+        return {"keys": "key_memory", "values": "value_memory"}[node.meta["input"].split("_")[0]]
+    if "input" in node.meta:
+        return str(node.meta["input"])
+    return node.name if node in shared else "hidden"
+
+
+def _layer_function(
+    region: _Region, shared: set[fx.Node], *, plain: bool
+) -> tuple[str, list[fx.Node]]:
+    """Parameters and body of a layer's function, and the nodes its arguments are.
+
+    ``plain`` names values by operator, so that the text is equal for layers that are alike;
+    otherwise they keep the names that capture gave them.
+    """
+    writer = _Writer()
+    own = [n for n in region.inputs if _is_own(n)]
+    arguments = [*(n for n in region.inputs if n not in own), *own]
+    for node in arguments:
+        writer.name(node, _input_name(node, region, shared))
+    parameters = ", ".join(writer.names[n] for n in arguments)
+    members, results = set(region.nodes), set(region.outputs)
+    remaining = {n: len([u for u in n.users if u in members]) for n in region.nodes}
+    for node in region.nodes:
+        text = writer.call(node)
+        if node.users:
+            wish = str(operator_name(node.target)) if plain else node.name
+            text = f"{writer.name(node, wish)} = {text}"
+        writer.lines.append(text)
+        for source in node.all_input_nodes:
+            if source in remaining:
+                remaining[source] -= 1
+        writer.forget(
+            [s for s in node.all_input_nodes if s in members],
+            lambda n: remaining[n] > 0 or n in results,
+        )
+    writer.lines.append("return " + ", ".join(writer.names[n] for n in region.outputs))
+    body = "\n".join(f"    {line}" for line in writer.lines)
+    return f"({parameters}):\n{body}\n", arguments
+
+
+def _is_own(node: fx.Node) -> bool:
+    """Whether an input belongs to one layer: its tensors and its KV memory."""
+    return "prepared" in node.meta or "weight" in node.meta or _is_memory(node)
+
+
+def _is_memory(node: fx.Node) -> bool:
+    return str(node.meta.get("input", "")).startswith(("keys_", "values_"))
+
+
+def _argument(node: fx.Node) -> str | None:
+    """How the root spells a placeholder."""
+    if "prepared" in node.meta:
+        return f"prepared[{node.meta['prepared']}]"
+    if "weight" in node.meta:
+        return f"weights[{node.meta['index']}]"
+    name = str(node.meta.get("input", ""))
+    if _is_memory(node):
+        kind, _, number = name.rpartition("_")
+        return f"{kind}[{number}]"
+    return name or None
+
+
+def emit(
+    graph: fx.Graph,
+    *,
+    function: str,
+    parameters: Sequence[str],
+    layer_name: str,
+    layers: Sequence[str],
+) -> str:
+    """The source of ``graph`` as ``def function(parameters)``, layer functions above it.
+
+    Args:
+        graph: A legal graph; placeholders carry ``prepared``, ``weight`` or ``input``.
+        layer_name: What layer functions are called; a second kind gets a number.
+        layers: Module paths of the layers, in order.
+    """
+    regions = _pull_inputs_up(graph, _regions(graph, layers))
+    uses: dict[fx.Node, int] = {}
+    for region in regions:
+        for node in region.inputs:
+            uses[node] = uses.get(node, 0) + 1
+    produced = {node for region in regions for node in region.outputs}
+    shared = {n for n, count in uses.items() if count == len(regions) > 1 and n not in produced}
+    kinds: dict[str, str] = {}
+    functions: list[str] = []
+    heads: dict[fx.Node, tuple[_Region, str, list[fx.Node]]] = {}
+    for region in regions:
+        key, _ = _layer_function(region, shared, plain=True)
+        text, arguments = _layer_function(region, shared, plain=False)
+        if key not in kinds:
+            kinds[key] = layer_name if not kinds else f"{layer_name}_{len(kinds) + 1}"
+            functions.append(f"def {kinds[key]}{text}")
+        heads[region.nodes[0]] = (region, kinds[key], arguments)
+    functions.append(f"def {function}({', '.join(parameters)}):\n{_root(graph, heads)}")
+    return "\n\n".join(functions)
+
+
+def _root(
+    graph: fx.Graph, heads: dict[fx.Node, tuple[_Region, str, list[fx.Node]]]
+) -> str:
+    writer = _Writer()
+    grouped = {n: region for region, *_ in heads.values() for n in region.nodes}
+    remaining = {n: len(n.users) for n in graph.nodes}
+
+    def finish(nodes: Sequence[fx.Node], sources: Sequence[fx.Node]) -> None:
+        for node in nodes:
+            for source in node.all_input_nodes:
+                remaining[source] -= 1
+        named = [s for s in sources if s.op != "placeholder" and s in writer.names]
+        writer.forget(named, lambda n: remaining[n] > 0)
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            writer.names[node] = _argument(node) or node.name
+            writer.taken.add(writer.names[node])
+        elif node.op == "output":
+            if node.args[0] is not None:
+                writer.lines.append(f"return {writer.spell(node.args[0])}")
+        elif node in heads:
+            region, name, arguments = heads[node]
+            given = ", ".join(writer.names[n] for n in arguments)
+            wishes = ["hidden", *(n.name for n in region.outputs[1:])]
+            targets = [writer.name(*pair) for pair in zip(region.outputs, wishes, strict=True)]
+            writer.lines.append(f"{', '.join(targets)} = {name}({given})")
+            finish(region.nodes, region.inputs)
+        elif node not in grouped:
+            text = writer.call(node)
+            if node.users:
+                text = f"{writer.name(node, node.name)} = {text}"
+            writer.lines.append(text)
+            finish([node], node.all_input_nodes)
+    return "\n".join(f"    {line}" for line in writer.lines) + "\n"

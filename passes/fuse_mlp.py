@@ -1,0 +1,77 @@
+"""The two linear layers of an MLP and what lies between them become one operator."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .graph import call, name_of, path_of, sweep
+from .pattern import Match, NoMatch
+from .roles import find_role
+from .rewrite import Context, PassResult, safe_to_replace
+
+
+def _kind(found: Match) -> str | None:
+    """The activation in the match: silu, relu, gelu or gelu_tanh."""
+    names = {name_of(node) for node in found.nodes}
+    if "tanh" in names:
+        return "gelu_tanh"
+    return next((kind for kind in ("silu", "relu", "gelu") if kind in names), None)
+
+
+def _gated(graph: fx.Graph, found: Match, kind: str) -> fx.Node | NoMatch:
+    gate, up = found["a"], found["up"]
+    parts = gate.args[0] if name_of(gate) == "getitem" else None
+    expected = "gate and up as the halves of one linear (concat_gate_up)"
+    if parts is None or name_of(up) != "getitem" or up.args != (parts, 1) or gate.args[1] != 0:
+        return NoMatch(gate.name, expected, name_of(gate) or gate.op)
+    joined = parts.args[0]
+    sizes = parts.args[1]
+    if name_of(parts) != "split" or name_of(joined) != "linear" or sizes[0] != sizes[1]:
+        return NoMatch(parts.name, expected, name_of(parts) or parts.op)
+    if len(gate.users) + len(up.users) + len(joined.users) != 3:
+        return NoMatch(joined.name, "gate and up used by the MLP alone", "another user")
+    x, weight, bias = joined.args
+    down = (found["down"], found["down_bias"])
+    return call(graph, "gated_mlp", x, weight, bias, *down, kind, path=path_of(found.root))
+
+
+def _plain(graph: fx.Graph, found: Match, kind: str) -> fx.Node | NoMatch:
+    up = found["a"]
+    inner = set(found.nodes)
+    if name_of(up) != "linear":
+        return NoMatch(up.name, "a linear up projection", name_of(up) or up.op)
+    if any(user not in inner for user in up.users):
+        return NoMatch(up.name, "an up projection used by the MLP alone", "another user")
+    x, weight, bias = up.args
+    down = (found["down"], found["down_bias"])
+    return call(graph, "plain_mlp", x, weight, bias, *down, kind, path=path_of(found.root))
+
+
+def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
+    """The role ``mlp`` of each layer becomes ``gated_mlp`` or ``plain_mlp``."""
+    count, misses = 0, []
+    for path, layer in context.layers.items():
+        role = layer.policy.role("mlp")
+        if role is None:
+            continue
+        found = find_role(graph, role, path)
+        if isinstance(found, NoMatch):
+            misses.append((path, found))
+            continue
+        match = found[0]
+        kind = _kind(match)
+        if kind is None or not safe_to_replace(match):
+            misses.append((path, NoMatch(match.root.name, "an MLP of its own", "shared values")))
+            continue
+        with graph.inserting_before(match.root):
+            build = _gated if "up" in match.bindings else _plain
+            new = build(graph, match, kind)
+        if isinstance(new, NoMatch):
+            misses.append((path, new))
+            continue
+        match.root.replace_all_uses_with(new)
+        sweep(graph)
+        count += 1
+    return PassResult(count, tuple(misses))
+
+
