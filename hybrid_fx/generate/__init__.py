@@ -1,1 +1,118 @@
-"""Decoding loops over a session, token for token those of transformers."""
+"""Decoding over a session, token for token that of transformers.
+
+    generate(model, runner, args, kwargs, on_fallback=note)
+
+runs one ``model.generate(*args, **kwargs)``. :mod:`.routes` says which way each option goes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import StrictError
+from .checks import check_request, position_limit
+from .guard import inference_mode_of, instance_attribute
+from .hf_loop import UnservedError, generate_by_loop
+from .loop import generate_fast
+from .protocol import Runner, Session
+from .request import causal_lm, resolve
+from .routes import RULES, Route, choose, padding_fault
+from .session_cache import SessionCache, drop_finished
+
+__all__ = [
+    "RULES",
+    "Route",
+    "Runner",
+    "Session",
+    "SessionCache",
+    "causal_lm",
+    "generate",
+    "inference_mode_of",
+    "position_limit",
+]
+
+logger = logging.getLogger("hybrid_fx")
+
+
+def generate(
+    model: nn.Module,
+    runner: Runner | Callable[[], Runner | None] | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    on_fallback: Callable[[str], None],
+    strict: bool = False,
+    plain_generate: Callable[..., Any] | None = None,
+    warned: set[str] | None = None,
+) -> Any:
+    """Generate as ``model.generate(*args, **kwargs)`` would, on ``runner``'s sessions.
+
+    Runs without gradients, dropout and gradient checkpointing; flags, hooks and the model's
+    methods stand as before afterwards, also after an exception or KeyboardInterrupt.
+
+    Args:
+        model: An HF causal LM, or a PeftModel around one.
+        runner: Makes sessions; a function that returns one (called only once the arguments were
+            checked and the call needs it); None where the model was not captured.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        on_fallback: Told why a call is not on the fast path, e.g. ``"HF loop: beam search"`` or
+            ``"HF module: a right-padded attention mask"``.
+        strict: Raise where the call would leave the rewritten graphs.
+        plain_generate: The model's ``generate`` as it was before an engine replaced it on the
+            instance; by default that of its class.
+        warned: Keys of warnings already given, kept by the caller so that one engine warns once.
+
+    Returns:
+        What HF returns: int64 ``[B, T + new]`` or one of its output objects.
+
+    Raises:
+        InputError: for input that does not fit the model; nothing was computed then.
+        StrictError: with ``strict``, where the call would run the original module.
+        TypeError, ValueError: HF's own, for arguments it refuses.
+    """
+    prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    kwargs = drop_finished(dict(kwargs), prompt)
+    plain = type(model).generate.__get__(model) if plain_generate is None else plain_generate  # type: ignore[attr-defined]
+    with torch.no_grad(), inference_mode_of(model), instance_attribute(model, "generate", plain):
+        request = resolve(model, args, kwargs)
+        check_request(request)
+        route, why = choose(request)
+        made = None
+        if route is not Route.MODULE:
+            made = runner if runner is None or hasattr(runner, "session") else runner()
+            if made is None:
+                route, why = Route.MODULE, "no captured graph"
+        if made is not None and route is Route.FAST:
+            return generate_fast(request, made)
+        if made is not None and route is Route.HF_LOOP:
+            try:
+                result = generate_by_loop(request, made)
+            except UnservedError as reason:
+                if reason.begun:
+                    raise
+                why = str(reason)
+            else:
+                on_fallback(f"HF loop: {why}")
+                return result
+        if strict:
+            raise StrictError(
+                f"this generate would run the original module: {why}; change the call, or set "
+                "strict=False to allow it"
+            )
+        if request.mask is not None and padding_fault(request.mask):
+            _warn_once(warned, "padding", f"{why}: generating by transformers' own loop; pad left")
+        on_fallback(f"HF module: {why}")
+        return plain(*args, **kwargs)
+
+
+def _warn_once(warned: set[str] | None, key: str, message: str) -> None:
+    if warned is None or key not in warned:
+        logger.warning(message)
+    if warned is not None:
+        warned.add(key)

@@ -1,0 +1,58 @@
+"""What generation asks of a runtime: rows that grow column by column, and logits for the last.
+
+Structural types: whatever has these members can be generated from.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Session(Protocol):
+    """The rows of one generate call. All rows hold the same number of columns."""
+
+    @property
+    def batch(self) -> int:
+        """B, the rows held now."""
+
+    @property
+    def length(self) -> int:
+        """S, the columns filled so far, invalid (padding) ones included."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        key_valid: Tensor | None = None,
+        *,
+        keep: int = 1,
+    ) -> Tensor:
+        """Append T columns and return the logits of the last ``keep``.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            position_ids: int64 ``[B, T]``.
+            key_valid: bool ``[B, T]``, False where nobody may look; ``None`` is all True.
+            keep: How many trailing columns to return logits for, 1 to T.
+
+        Returns:
+            ``[B, keep, V]`` in the dtype of the model's logits.
+        """
+
+    def reorder(self, rows: Tensor) -> None:
+        """Continue with new rows: row ``i`` is old row ``rows[i]`` (int64 ``[B']``)."""
+
+    def crop(self, length: int) -> None:
+        """Forget the columns from ``length`` on."""
+
+    def close(self) -> None:
+        """Give the columns back."""
+
+
+class Runner(Protocol):
+    """Makes sessions on one prepared plan."""
+
+    def session(self, *, batch: int, capacity: int) -> Session:
+        """A new session of ``batch`` empty rows, ``capacity`` columns reserved (it may grow)."""

@@ -1,0 +1,142 @@
+"""A transformers ``Cache`` that is a session: HF's loops reorder and crop the KV workspace."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..errors import InputError
+from .protocol import Session
+
+
+class SessionCache(Cache):  # type: ignore[misc]
+    """What HF's loops hold as ``past_key_values`` while a session runs, and what is left after.
+
+    It also keeps the token ids of the columns, so that a later call can be given this cache: the
+    KV memory went back to the engine, but the prompt that continues these ids is all that
+    ``generate`` needs.
+
+    Attributes:
+        session: The live session, or None before the first forward and after the call.
+        ids: The tokens of the columns, int64 ``[B, S]``.
+    """
+
+    def __init__(self, layers: int, ids: Tensor | None = None) -> None:
+        super().__init__(layers=[])
+        self.depth = layers
+        self.session: Session | None = None
+        self.ids = torch.empty(0, 0, dtype=torch.int64) if ids is None else ids
+
+    def append(self, ids: Tensor) -> None:
+        """Note the tokens ``[B, T]`` of the columns a forward just added."""
+        self.ids = torch.cat([self.ids, ids], -1) if self.ids.numel() else ids
+
+    def __len__(self) -> int:
+        return self.depth
+
+    def __repr__(self) -> str:
+        return f"SessionCache(columns={self.get_seq_length()}, live={self.session is not None})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """S, the columns held."""
+        return int(self.ids.shape[1])
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: it grows."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns after ``query_length`` more, and the first of them."""
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return int(self.ids.shape[0])
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether columns are held."""
+        return self.get_seq_length() > 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """The workspace keeps every column; windows are in the graphs."""
+        return [False] * self.depth
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` continues old row ``beam_idx[i]``."""
+        self._live().reorder(beam_idx.to(torch.int64))
+        self.ids = self.ids[beam_idx.to(self.ids.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times."""
+        rows = torch.arange(self.batch_size, device=self.ids.device)
+        self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        rows = torch.arange(self.batch_size, device=self.ids.device)
+        self.reorder_cache(rows[indices.to(rows.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget ``-tokens_to_remove`` columns; a positive number is the length to keep."""
+        count = int(tokens_to_remove)
+        length = self.get_seq_length()
+        kept = min(count, length) if count > 0 else max(length + count, 0)
+        if kept < length:
+            self._live().crop(kept)
+            self.ids = self.ids[:, :kept]
+
+    def reset(self) -> None:
+        """Forget all columns."""
+        self.crop(-self.get_seq_length())
+
+    def release(self) -> None:
+        """Close the session; the ids stay."""
+        session, self.session = self.session, None
+        if session is not None:
+            session.close()
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse keys and values: they live in the engine's workspace.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "this cache came out of a hybrid_fx generate and holds no keys; pass it to "
+            "generate() with the whole sequence as input_ids, or call the model without it"
+        )
+
+    def _live(self) -> Session:
+        if self.session is None:
+            self.update()
+        return self.session
+
+
+def drop_finished(kwargs: dict[str, Any], ids: Tensor | None) -> dict[str, Any]:
+    """``kwargs`` without a finished :class:`SessionCache`; its columns are computed again.
+
+    Args:
+        kwargs: The keyword arguments of a generate call.
+        ids: Its prompt, ``[B, T]``.
+
+    Raises:
+        InputError: where the prompt does not begin with the cached tokens.
+    """
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, SessionCache):
+        return kwargs
+    columns = cache.get_seq_length()
+    head = ids[:, :columns].to(cache.ids) if isinstance(ids, Tensor) and ids.dim() == 2 else None
+    if head is None or not torch.equal(head, cache.ids):
+        got = list(ids.shape) if isinstance(ids, Tensor) else None
+        raise InputError(
+            f"past_key_values holds tokens {list(cache.ids.shape)}, and input_ids {got} does not "
+            "begin with them; pass the whole sequence, prefix included"
+        )
+    return {key: value for key, value in kwargs.items() if key != "past_key_values"}
