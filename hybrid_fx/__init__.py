@@ -1,3 +1,47 @@
-"""hybrid_fx: one model that trains, and generates from rewritten FX graphs."""
+"""One model that trains and, on the same weights, generates from rewritten graphs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .config import HybridConfig
+from .errors import (
+    CaptureError,
+    ConfigError,
+    EngineClosedError,
+    HybridError,
+    InputError,
+    StrictError,
+)
+
+if TYPE_CHECKING:
+    from .engine.engine import HybridEngine
+    from .engine.hybridize import hybridize
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "ConfigError",
+    "EngineClosedError",
+    "HybridConfig",
+    "HybridEngine",
+    "HybridError",
+    "InputError",
+    "StrictError",
+    "__version__",
+    "hybridize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engine when it is first asked for: transformers takes seconds to load."""
+    if name == "hybridize":
+        from .engine.hybridize import hybridize
+
+        return hybridize
+    if name == "HybridEngine":
+        from .engine.engine import HybridEngine
+
+        return HybridEngine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

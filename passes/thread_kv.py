@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from .graph import call, calls, fresh_input, path_of, shape_of
+from .graph import call, calls, dtype_of, fresh_input, path_of, shape_of
 from .pattern import NoMatch
 from .rewrite import Context, PassResult
 
@@ -28,17 +29,19 @@ class KVShape:
     key_size: int
     value_size: int
     window: int
+    dtype: torch.dtype
 
 
 def kv_shapes(graph: fx.Graph) -> tuple[KVShape, ...]:
     """The memory each attention of a captured graph needs, in order."""
-    found = []
-    for node in calls(graph, "attention"):
-        key, value = shape_of(node.args[1]), shape_of(node.args[2])
-        assert key is not None and value is not None
-        window = node.args[4] if len(node.args) > 4 else 0
-        found.append(KVShape(path_of(node), int(key[1]), int(key[3]), int(value[3]), window))
-    return tuple(found)
+    return tuple(map(_kv_shape, calls(graph, "attention")))
+
+
+def _kv_shape(node: fx.Node) -> KVShape:
+    key, value, dtype = shape_of(node.args[1]), shape_of(node.args[2]), dtype_of(node.args[1])
+    assert key is not None and value is not None and dtype is not None
+    window = node.args[4] if len(node.args) > 4 else 0
+    return KVShape(path_of(node), int(key[1]), int(key[3]), int(value[3]), window, dtype)
 
 
 def _thread(graph: fx.Graph, operator: str) -> PassResult:

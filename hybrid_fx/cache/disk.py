@@ -139,7 +139,7 @@ class DiskStore:
     def _decode(self, content: bytes, digest: str) -> Plan:
         try:
             value = json.loads(content.decode("ascii"), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise CacheError(f"damaged: {error}") from None
         if type(value) is not dict or set(value) != {"format", "key", "sha256", "plan"}:
             raise CacheError("damaged: not the fields of a stored plan")

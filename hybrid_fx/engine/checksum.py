@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 _ROW = 1021
-_CHUNK = 1 << 14  # rows whose products stand in memory at once where no integer mv exists (128 MB)
+_CHUNK = 1 << 14  # rows (8 KB) whose products stand in memory at once, off the CPU
 _STEP = 0x1E3779B97F4A7C15  # odd; consecutive multiples spread over all 64 bits
 _LOW_32 = 0xFFFFFFFF
 
@@ -45,6 +45,11 @@ def _row_sums(rows: Tensor, weights: Tensor) -> Tensor:
     """[rows, _ROW] int64 times [_ROW] int64 modulo 2**64 -> [rows] int64."""
     if rows.device.type == "cpu":
         return torch.mv(rows, weights)
+    return _weighted_rows(rows, weights)
+
+
+def _weighted_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    # The same where no integer mv exists.
     parts = torch.split(rows, _CHUNK)
     return torch.cat([(part * weights).sum(1) for part in parts])
 

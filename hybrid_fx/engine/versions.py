@@ -41,22 +41,25 @@ class WeightTracker:
     tensor and storage stay the same, unless an optimizer step does it; a parameter that takes the
     memory, version count and address of one that was freed before; tensors kept in lists or other
     objects. ``verify="checksum"`` finds the first two wherever values changed, at about 60 ms per
-    GB for each refresh (see :mod:`.checksum`). Tensors made in inference mode count no versions, so their checksum is
-    taken in either mode.
+    GB for each refresh (see :mod:`.checksum`). Tensors made in inference mode count no versions,
+    so their checksum is taken in either mode.
 
     Changes found by a refresh belong to a rise that nobody was told of yet, if there is one: a
     plain optimizer step raises the version once, though its edits show in ``_version`` as well.
 
     Attributes:
         reason: Why the version last rose; "" before the first time.
+        on_step: Called after each optimizer step on the model.
     """
 
     reason: str
+    on_step: Callable[[], None] | None
 
     def __init__(self, model: nn.Module, *, verify: Literal["off", "checksum"] = "off") -> None:
         if verify not in ("off", "checksum"):
             raise ValueError(f"verify={verify!r} is not known; use 'off' or 'checksum'")
         self.reason = ""
+        self.on_step = None
         self._model = model
         self._verify = verify
         self._version = 0
@@ -105,6 +108,8 @@ class WeightTracker:
         storages = {address for t in updated if (address := storage_address(t)) is not None}
         if is_tensor_of(self._model, {id(t) for t in updated}, storages):
             self.mark(f"{type(optimizer).__name__}.step()")
+            if self.on_step is not None:
+                self.on_step()
 
 
 def _step_hook(tracker: weakref.ref[WeightTracker]) -> Callable[..., None]:

@@ -74,6 +74,7 @@ def build_plan(
             head_size=shape.key_size,
             value_head_size=shape.value_size,
             window=shape.window or None,
+            dtype=str(shape.dtype).removeprefix("torch."),
         )
         for shape in kv_shapes(graph)
     )

@@ -96,6 +96,7 @@ class KVLayer:
         head_size: D of the keys.
         value_head_size: D of the values.
         window: positions a query sees, itself included; None sees all.
+        dtype: of keys and values.
     """
 
     path: str
@@ -103,9 +104,12 @@ class KVLayer:
     head_size: int
     value_head_size: int
     window: int | None
+    dtype: str
 
     def __post_init__(self) -> None:
-        need_text(self, "path")
+        need_text(self, "path", "dtype")
+        if self.dtype not in _DTYPES:
+            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
         need_positive(self, "kv_heads", "head_size", "value_head_size")
         if self.window is not None:
             need_positive(self, "window")

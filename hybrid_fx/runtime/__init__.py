@@ -1,1 +1,5 @@
-"""What a plan runs on: the KV workspace, sessions and prepared tensors."""
+"""Running a plan: the KV workspace, prepared tensors, sessions."""
+
+from .runner import PlanRunner
+
+__all__ = ["PlanRunner"]

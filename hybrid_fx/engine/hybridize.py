@@ -1,0 +1,66 @@
+"""The front door: ``engine = hybrid_fx.hybridize(model)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..config import HybridConfig, make_config
+from ..errors import ConfigError, InputError
+from .engine import HybridEngine
+from .switch import engine_of
+
+
+def _check(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"hybridize got a {type(model).__name__}; pass the model itself, a transformers causal "
+            "language model or a PeftModel around one"
+        )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    able = getattr(base, "can_generate", None)
+    if not hasattr(model, "generate") or able is None or not able():
+        raise InputError(
+            f"{type(base).__name__} does not generate; pass a model with a language-modeling head, "
+            "e.g. one from AutoModelForCausalLM"
+        )
+    if next(iter(model.parameters()), None) is None:
+        raise InputError(f"{type(base).__name__} has no parameters; load its weights first")
+    return model
+
+
+def hybridize(
+    model: nn.Module,
+    config: HybridConfig | Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> HybridEngine:
+    """Let one model train as it is and generate from rewritten graphs.
+
+    Nothing is captured yet: the first generate (or ``explain()``) does that. ``model.generate``
+    goes through the engine from now on, until :meth:`HybridEngine.close`.
+
+    Args:
+        model: A transformers causal language model, or a PeftModel around one.
+        config: A :class:`HybridConfig`, or a mapping of its fields.
+        **overrides: Single fields, over ``config``.
+
+    Returns:
+        The engine; for a model that has one already and no other options, that one.
+
+    Raises:
+        InputError: where ``model`` is no module or cannot generate.
+        ConfigError: for an unknown option, or where the model has an engine with other options.
+    """
+    checked = _check(model)
+    options = make_config(config, overrides)
+    present = engine_of(checked)
+    if present is None:
+        return HybridEngine(checked, options)
+    if options != present.config and (config is not None or overrides):
+        raise ConfigError(
+            f"this model is hybridized already, with {present.config}; close() that engine to "
+            "choose other options"
+        )
+    return present

@@ -1,0 +1,82 @@
+"""Gather what ``engine.explain()`` says from the plan, the model and the statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..cache.adapters import configs
+from ..config import HybridConfig
+from .explain import Explanation, LayerReport, LoraDecision, Missed
+from .graphs import FOLD_LIMIT, ModelGraphs
+from .stats import Stats
+
+
+def _layer(row: Any) -> LayerReport:
+    missed = tuple(Missed(**entry) for entry in row["missed"])
+    return LayerReport(row["path"], row["policy"], tuple(row["fused"]), missed)
+
+
+def _lora(config: HybridConfig, graphs: ModelGraphs) -> tuple[LoraDecision, ...]:
+    runner = graphs.runner
+    if runner is None:
+        return ()
+    folded = [str(site) for site in runner.plan.manifest.lora]
+    found = []
+    for site in dict.fromkeys([*graphs.errors, *folded]):
+        error = graphs.errors.get(site)
+        if site in folded:
+            reason = f'lora="{config.lora}"'
+            found.append(LoraDecision(site, "fold", reason, error))
+        else:
+            reason = f"rounding would take more than {FOLD_LIMIT:.0%} of it"
+            found.append(LoraDecision(site, "side", reason, error))
+    return tuple(found)
+
+
+def _other_adapters(model: nn.Module) -> tuple[LoraDecision, ...]:
+    """Adapters that are not LoRA: they run as the graph or the module has them."""
+    found = {}
+    for name, config in configs(model).items():
+        kind = str(getattr(getattr(config, "peft_type", ""), "value", ""))
+        if kind and kind != "LORA":
+            found[name] = LoraDecision(name, "unfolded", f"{kind} does not fold")
+    return tuple(found.values())
+
+
+def _hook_notes(model: nn.Module) -> list[str]:
+    notes = []
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            notes.append(
+                f"forward hook on {path or 'the model'}: what it returns is part of the graphs; "
+                "what else it does happens only while they are captured"
+            )
+    return notes
+
+
+def build_explanation(
+    model: nn.Module, config: HybridConfig, graphs: ModelGraphs, stats: Stats, sources: bool
+) -> Explanation:
+    """The report of an engine as it stands."""
+    runner = graphs.runner
+    notes = [graphs.failure] if graphs.failure else []
+    notes += _hook_notes(model)
+    if config.lora == "side":
+        notes.append('lora="side": adapters run as low-rank branches')
+    layers = () if runner is None else tuple(map(_layer, runner.plan.manifest.layers))
+    weights = {t.untyped_storage()._cdata: t for t in graphs.tensors().values()}
+    return Explanation(
+        layers=layers,
+        matched=sum(layer.policy is not None for layer in layers),
+        total=len(layers),
+        weight_bytes=sum(t.untyped_storage().nbytes() for t in weights.values()),
+        prepared_bytes=0 if runner is None else runner.prepared.nbytes,
+        prepare_peak_bytes=0 if runner is None else runner.prepare_peak_bytes,
+        kv_bytes=0 if runner is None else runner.workspace.nbytes,
+        lora=_lora(config, graphs) + _other_adapters(model),
+        fallbacks=dict(stats.fallbacks),
+        sources=dict(runner.plan.sources) if sources and runner is not None else {},
+        notes=tuple(notes),
+    )

@@ -1,0 +1,69 @@
+"""Check a plan on the live weights before it serves: does it say what the model says?
+
+A captured graph is cut in two (what is prefilled, what is decoded); an architecture whose other
+operations look along the sequence would come out wrong, and so would a stored plan whose model
+changed in a way that no key saw. A short random prompt, part prefilled and part decoded, against
+the whole forward finds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .runner import PlanRunner
+
+#: Allowed relative distance of the logits (Euclidean), by dtype.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+_DECODED = 2
+
+
+def _length(runner: PlanRunner, limit: int | None) -> int:
+    """Longer than the smallest window, where that is short; never beyond the model's limit."""
+    windows = [layer.window for layer in runner.plan.manifest.kv if layer.window]
+    wanted = max(8, *(window + 4 for window in windows if window <= 64)) if windows else 8
+    return min(wanted, limit or wanted)
+
+
+def probe(
+    runner: PlanRunner, reference: Callable[[Tensor, Tensor], Tensor], limit: int | None
+) -> str | None:
+    """Compare a prepared plan with ``reference(input_ids, position_ids) -> logits``.
+
+    Draws from a generator of its own; the user's random state stays as it is.
+
+    Returns:
+        What differs, or ``None``.
+    """
+    length = _length(runner, limit)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = runner.plan.manifest.vocab_size
+    ids = torch.randint(vocabulary, (2, length), generator=generator).to(runner.device)
+    positions = torch.arange(length, device=runner.device).expand(2, length)
+    with torch.no_grad():
+        wanted = reference(ids, positions)
+        session = runner.session(batch=2, capacity=length)
+        try:
+            first = max(1, length - _DECODED)
+            parts = [session.forward(ids[:, :first], positions[:, :first], keep=first)]
+            for at in range(first, length):
+                parts.append(session.forward(ids[:, at : at + 1], positions[:, at : at + 1]))
+        finally:
+            session.close()
+    got = torch.cat(parts, 1)
+    allowed = TOLERANCE.get(_narrowest(runner), 1e-1)
+    distance = (got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30)
+    if not distance <= allowed:
+        return f"its logits differ from the module's by {distance:.1e}, allowed {allowed:.0e}"
+    return None
+
+
+def _narrowest(runner: PlanRunner) -> torch.dtype:
+    """The coarsest dtype the plan computes in."""
+    names = {layer.dtype for layer in runner.plan.manifest.kv}
+    names |= {tensor.dtype for tensor in runner.plan.manifest.prepared}
+    dtypes = [getattr(torch, name) for name in names]
+    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)

@@ -1,0 +1,135 @@
+"""Run a plan: its prepare graph once a weight version, prefill and decode on the workspace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EngineClosedError
+from ..passes.layers import layer_of
+from ..passes.operators import OPERATORS
+from ..plan.plan import Plan, load_functions
+from .prepared import Measured, PreparedTensors
+from .session import PlanSession, Timer
+from .workspace import Workspace
+
+
+class PlanRunner:
+    """The functions of a plan with the memory they need. One session at a time.
+
+    Args:
+        plan: What to run; its sources are checked before they are executed.
+        device: Where the model lives.
+        lower: Applied to each layer function, e.g. ``torch.compile``; ``None`` runs it as written.
+        limit: The model's maximum positions, a bound for how far the workspace grows ahead.
+        max_out_tokens: Positions a row to reserve at least.
+        timer: Opens the spans in which sessions count prefill and decode.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        device: torch.device,
+        lower: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+        limit: int | None = None,
+        max_out_tokens: int | None = None,
+        timer: Timer,
+    ) -> None:
+        self.plan = plan
+        self.device = device
+        self._limit = limit
+        self._presize = max_out_tokens or 0
+        self._timer = timer
+        self._functions = {
+            stage: load_functions(source, OPERATORS, name=stage)
+            for stage, source in plan.sources.items()
+        }
+        if lower is not None:
+            for stage in ("prefill", "decode"):
+                for name, function in self._functions[stage].items():
+                    if name != stage:
+                        function.__globals__[name] = lower(function)  # type: ignore[attr-defined]
+        self.workspace = Workspace(plan.manifest.kv, device)
+        self.prepared = PreparedTensors(plan.manifest.prepared)
+        self._open: PlanSession | None = None
+
+    @property
+    def prepare_peak_bytes(self) -> int:
+        """An upper bound of what a first prepare allocates: all it keeps, and one layer twice.
+
+        While a layer is prepared, folded weights stand beside what is stacked of them, and a fold
+        holds its weight in float32 twice.
+        """
+        kept: dict[str, int] = {}
+        folded = 0
+        for tensor in self.plan.manifest.prepared:
+            if tensor.owns_memory:
+                count = math.prod(tensor.shape)
+                layer = layer_of(tensor.name) or tensor.name
+                size = count * getattr(torch, tensor.dtype).itemsize
+                kept[layer] = kept.get(layer, 0) + size
+                if "fold_" in tensor.recipe:
+                    folded = max(folded, 8 * count)
+        return sum(kept.values()) + max(kept.values(), default=0) + folded
+
+    def _weights(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [tensors[weight.name] for weight in self.plan.manifest.weights]
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the prepared tensors of the current weights, given by qualified name."""
+        self.prepared.begin()
+        with torch.no_grad():
+            self._functions["prepare"]["prepare"](self._weights(tensors), self.prepared)
+        self.prepared.finish()
+
+    def measure(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        """The largest relative error a fold makes at each adapted place of the layers."""
+        sites = [str(site) for site in self.plan.manifest.lora]
+        if not sites:
+            return {}
+        measured = Measured()
+        with torch.no_grad():
+            self._functions["prepare"]["measure"](self._weights(tensors), measured)
+        worst: dict[str, float] = {}
+        for site, error in zip(sites, measured.floats(len(sites)), strict=True):
+            worst[site] = max(worst.get(site, 0.0), error)
+        return worst
+
+    def session(self, *, batch: int, capacity: int) -> PlanSession:
+        """Open a session of ``batch`` rows with ``capacity`` columns reserved.
+
+        Raises:
+            EngineClosedError: where nothing is prepared, or another session is open.
+        """
+        if not self.prepared.tensors:
+            raise EngineClosedError("nothing is prepared; generate through the engine")
+        if self._open is not None:
+            raise EngineClosedError("another generate is running on this engine; wait for it")
+        session = PlanSession(
+            self.workspace,
+            self._functions["prefill"]["prefill"],
+            self._functions["decode"]["decode"],
+            self.prepared.tensors,
+            batch=batch,
+            capacity=max(capacity, self._presize),
+            device=self.device,
+            limit=self._limit,
+            timer=self._timer,
+            on_close=self._close,
+        )
+        self._open = session
+        return session
+
+    def _close(self) -> None:
+        self._open = None
+
+    def release(self) -> None:
+        """Give the workspace's and the prepared tensors' memory back."""
+        self._open = None
+        self.workspace.release()
+        self.prepared.release()

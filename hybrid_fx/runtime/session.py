@@ -1,0 +1,150 @@
+"""A session: the rows of one generate, as they stand in the workspace.
+
+Legend: B batch, T tokens in this call, S positions in use, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .workspace import Workspace
+
+#: A generated prefill or decode function.
+Graph = Callable[..., Tensor]
+#: Opens a span of time by name, ``prefill`` or ``decode``; its object counts ``tokens``.
+Timer = Callable[[str], AbstractContextManager[Any]]
+
+
+class PlanSession:
+    """Rows of one batch on the graphs of a plan; every row has the same number of columns.
+
+    Attributes:
+        batch: B.
+        length: S, the columns filled so far.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        prefill: Graph,
+        decode: Graph,
+        prepared: Sequence[Tensor],
+        *,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        limit: int | None,
+        timer: Timer,
+        on_close: Callable[[], None],
+    ) -> None:
+        self.batch, self.length = batch, 0
+        self._workspace = workspace
+        self._graphs = (prefill, decode)
+        self._prepared = prepared
+        self._device = device
+        self._limit = limit
+        self._valid: Tensor | None = None
+        self._on_close = on_close
+        self._timer = timer
+        self._decoding: AbstractContextManager[Any] | None = None
+        self._span: Any = None
+        workspace.reserve(batch, max(1, capacity))
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """The slot table [B, pitch]; validity keeps its columns."""
+        pitch = self._workspace.pitch
+        start = torch.arange(self.batch, device=self._device)[:, None] * pitch
+        self._slots = start + torch.arange(pitch, device=self._device)
+        if self._valid is not None and self._valid.shape[1] < pitch:
+            more = self._valid.new_ones(self.batch, pitch - self._valid.shape[1])
+            self._valid = torch.cat((self._valid, more), 1)
+
+    def _grow(self, length: int) -> None:
+        pitch = max(length, self._workspace.pitch * 3 // 2)
+        if self._limit is not None:
+            pitch = max(length, min(pitch, self._limit))
+        rows = torch.arange(self.batch, device=self._device)
+        self._workspace.relay(rows, pitch, self.length)
+        self._lay_out()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        key_valid: Tensor | None = None,
+        *,
+        keep: int = 1,
+    ) -> Tensor:
+        """Append T columns and return the logits of the last ``keep`` of them.
+
+        Args:
+            input_ids, position_ids: [B, T] int64.
+            key_valid: [B, T] bool, False for padding; ``None``: all are valid.
+            keep: At most T.
+
+        Returns:
+            [B, keep, V] in the model's logits dtype.
+        """
+        tokens = input_ids.shape[1]
+        length = self.length + tokens
+        if length > self._workspace.pitch:
+            self._grow(length)
+        if key_valid is not None and self._valid is None:
+            shape = (self.batch, self._workspace.pitch)
+            self._valid = torch.ones(shape, dtype=torch.bool, device=self._device)
+        if self._valid is not None:
+            new = True if key_valid is None else key_valid
+            self._valid[:, self.length : length] = new
+        inputs = (
+            input_ids,
+            position_ids,
+            self._slots[:, :length],
+            None if self._valid is None else self._valid[:, :length],
+            self._workspace.pitch,
+            keep,
+            self._prepared,
+            self._workspace.keys,
+            self._workspace.values,
+        )
+        prefill, decode = self._graphs
+        if tokens == 1 and self.length > 0:
+            logits = self._decode(decode, inputs)
+        else:
+            with self._timer("prefill") as span:
+                logits = prefill(*inputs)
+                span.tokens += input_ids.numel()
+        self.length = length
+        return logits
+
+    def _decode(self, decode: Graph, inputs: tuple[Any, ...]) -> Tensor:
+        """One decode step; the time of all of them is one span, from the first to the close."""
+        if self._decoding is None:
+            self._decoding = self._timer("decode")
+            self._span = self._decoding.__enter__()
+        self._span.tokens += self.batch
+        return decode(*inputs)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i of the new batch continues old row ``rows[i]`` (rows [B'] int64)."""
+        if self._valid is not None:
+            self._valid = self._valid[rows]
+        self._workspace.relay(rows, self._workspace.pitch, self.length)
+        self.batch = rows.shape[0]
+        self._lay_out()
+
+    def crop(self, length: int) -> None:
+        """Forget the columns from ``length`` on."""
+        self.length = min(self.length, length)
+
+    def close(self) -> None:
+        """Hand the rows back; the workspace may be reused or released."""
+        if self._decoding is not None:
+            self._decoding.__exit__(None, None, None)
+            self._decoding = None
+        self._on_close()

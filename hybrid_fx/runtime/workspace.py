@@ -1,0 +1,80 @@
+"""The KV workspace: memory for keys and values, reserved once and reused from call to call.
+
+Each attention layer has one key and one value memory of N slots, [N, K, D]. A row of a batch owns
+``pitch`` slots one after the other; the graphs find a position's slot in a table, so that rows can
+stand anywhere. Legend: B batch, S positions in use, K key-value heads, D head size, N slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..plan.plan import KVLayer
+
+
+class Workspace:
+    """Memory for the keys and values of up to ``rows`` rows of ``pitch`` positions.
+
+    The memory only grows; :meth:`release` gives it back.
+    """
+
+    def __init__(self, layers: Sequence[KVLayer], device: torch.device) -> None:
+        self._layers = tuple(layers)
+        self._device = device
+        self._slots = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.rows = 0
+        self.pitch = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, used or not."""
+        return sum(t.untyped_storage().nbytes() for t in (*self.keys, *self.values))
+
+    def reserve(self, rows: int, pitch: int) -> None:
+        """Lay the memory out for ``rows`` rows of ``pitch`` positions; contents are lost."""
+        if rows * pitch > self._slots:
+            self.release()
+            self._slots = rows * pitch
+            self._memory = [self._allocate(layer) for layer in self._layers]
+        self.rows, self.pitch = rows, pitch
+        self.keys = [key[: rows * pitch] for key, _ in self._memory]
+        self.values = [value[: rows * pitch] for _, value in self._memory]
+
+    def _allocate(self, layer: KVLayer) -> tuple[Tensor, Tensor]:
+        # Zeros: a slot that is masked out still enters products, and memory may hold NaN.
+        dtype = getattr(torch, layer.dtype)
+        return tuple(  # type: ignore[return-value]
+            torch.zeros(self._slots, layer.kv_heads, size, dtype=dtype, device=self._device)
+            for size in (layer.head_size, layer.value_head_size)
+        )
+
+    def relay(self, rows: Tensor, pitch: int, length: int) -> None:
+        """Move contents: new row i takes the first ``length`` positions of old row ``rows[i]``.
+
+        Args:
+            rows: [B'] int64, the old row of each new one; a row may be taken more than once.
+            pitch: Positions a row has from now on.
+            length: Positions to keep.
+        """
+        kept = [
+            (self._by_row(key)[rows, :length], self._by_row(value)[rows, :length])
+            for key, value in zip(self.keys, self.values, strict=True)
+        ]
+        self.reserve(rows.shape[0], pitch)
+        for (key, value), new_key, new_value in zip(kept, self.keys, self.values, strict=True):
+            self._by_row(new_key)[:, :length] = key
+            self._by_row(new_value)[:, :length] = value
+
+    def _by_row(self, memory: Tensor) -> Tensor:
+        return memory.view(self.rows, self.pitch, *memory.shape[1:])
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._memory: list[tuple[Tensor, Tensor]] = []
+        self.keys, self.values = [], []
+        self._slots = self.rows = self.pitch = 0
