@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 PLAIN = (bool, int, float, str, bytes, type(None), complex)
 _DEPTH = 8
-# Of a class: what says nothing about how its objects act. Dynamo replaces __init__ and
-# __setstate__ of nn.Module at its first capture, and leaves a mark with three underscores.
+# Of a class: what says nothing about how its objects act. At run time Dynamo replaces __init__ and
+# __setstate__ of nn.Module and leaves a mark with three underscores, and transformers puts
+# smart_apply there.
 _NOT_CODE = frozenset(
-    "__init__ __setstate__ ___needs_generation_tag_patch "
+    "__init__ __setstate__ ___needs_generation_tag_patch smart_apply "
     "__dict__ __weakref__ __doc__ __module__ __annotations__ __abstractmethods__ _abc_impl "
     "__static_attributes__ __firstlineno__ __annotate__ __annotate_func__ __slotnames__ "
     "__annotations_cache__ __parameters__ __orig_bases__".split()
@@ -72,9 +73,15 @@ def _name(item: tuple[str, Any]) -> str:
     return item[0]
 
 
+def _is_remembered(name: str, value: Any) -> bool:
+    # What a class remembers of its own answers, such as transformers' "_can_..._cached_value".
+    return name.startswith("_") and "cache" in name and isinstance(value, PLAIN)
+
+
 def class_items(kind: type) -> list[tuple[str, Any]]:
     """What stands in ``kind`` itself and may change how its objects act."""
-    return [(name, value) for name, value in vars(kind).items() if name not in _NOT_CODE]
+    items = vars(kind).items()
+    return [(n, v) for n, v in items if n not in _NOT_CODE and not _is_remembered(n, v)]
 
 
 class Fingerprints:

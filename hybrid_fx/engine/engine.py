@@ -109,18 +109,18 @@ class HybridEngine:
         if self._closed:
             raise EngineClosedError("this engine is closed; call hybrid_fx.hybridize(model) again")
         with self._lock:
-            if self._training and not self._warned.issuperset({"switched"}):
-                self.stats.next_iteration()
+            if self._training:
+                self._begin_generating()
             self.stats.count("generate_calls")
             with self.stats.timer("generate"):
                 try:
                     return self._counted(
                         generate(
                             self.module,
-                            self._ready,
+                            self._graphs.ready,
                             args,
                             kwargs,
-                            on_fallback=self.stats.fallback,
+                            on_fallback=self._note_fallback,
                             strict=self.config.strict,
                             plain_generate=self._generate_by_module,
                             warned=self._warned,
@@ -129,11 +129,8 @@ class HybridEngine:
                 finally:
                     self._after_generate()
 
-    def _ready(self) -> Any:
-        runner = self._graphs.ready()
-        if runner is None:
-            self.stats.fallback(self._graphs.failure)
-        return runner
+    def _note_fallback(self, reason: str) -> None:
+        self.stats.fallback(f"{reason}: {self._graphs.failure}" if self._graphs.failure else reason)
 
     def _counted(self, result: Any) -> Any:
         rows = getattr(result, "sequences", result)

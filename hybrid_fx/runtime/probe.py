@@ -24,7 +24,7 @@ _DECODED = 2
 def _length(runner: PlanRunner, limit: int | None) -> int:
     """Longer than the smallest window, where that is short; never beyond the model's limit."""
     windows = [layer.window for layer in runner.plan.manifest.kv if layer.window]
-    wanted = max(8, *(window + 4 for window in windows if window <= 64)) if windows else 8
+    wanted = max([8, *(window + 4 for window in windows if window <= 64)])
     return min(wanted, limit or wanted)
 
 

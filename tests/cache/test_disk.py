@@ -227,6 +227,11 @@ def test_a_manifest_of_another_shape_under_a_right_checksum_is_one_warning_and_a
         read_with_one_warning(store)
 
 
+def test_a_field_named_twice_is_one_warning_and_a_miss(store, path):
+    path.write_text(path.read_text().replace('"format": 1,', '"format": 1, "format": 1,', 1))
+    assert "twice" in read_with_one_warning(store)
+
+
 def test_a_format_of_another_version_is_one_warning_and_a_miss(store, path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
     assert "format" in read_with_one_warning(store)

@@ -52,7 +52,8 @@ def test_loaded_functions_can_name_no_builtin():
     functions = load_functions(SOURCE, OPERATORS)
     names = set(functions["layer"].__globals__)
     assert names == {
-        "__builtins__", "__name__", "__doc__", "op", "slice", "inf", "nan", "layer", "decode"
+        "__builtins__", "__name__", "__doc__", "op", "slice", "inf", "nan", "Ellipsis", "layer",
+        "decode",
     }  # fmt: skip
     # The one entry is for C code, which imports through it; no legal name spells it.
     assert set(functions["layer"].__globals__["__builtins__"]) == {"__import__"}

@@ -38,7 +38,7 @@ def manifest() -> Manifest:
         kv=(
             KVLayer(
                 path="model.layers.0.self_attn", kv_heads=2, head_size=4, value_head_size=4,
-                window=None,
+                window=None, dtype="float32",
             ),
         ),
         guards={"max_position_embeddings": 64, "scaling": None, "windows": [4, None]},
@@ -93,6 +93,7 @@ manifests = st.builds(
             head_size=sizes,
             value_head_size=sizes,
             window=st.none() | sizes,
+            dtype=dtypes,
         ),
         max_size=3,
     ),
@@ -132,7 +133,9 @@ def test_a_shape_given_as_torch_size_is_stored_as_plain_ints():
     assert weight.shape == (2, 3)
 
 
-FREE = {("manifest", "guards"): dict, ("manifest", "notes"): list, ("manifest", "layers"): list}
+FREE = {("manifest", "guards"): dict} | {
+    ("manifest", name): list for name in ("notes", "layers", "lora")
+}
 """Fields that hold any JSON values, and the type that holds them."""
 ODD = (None, True, 1.5, 0.0, -1, "odd", b"odd", ["odd", 1], {"odd": 1}, object)
 

@@ -24,7 +24,7 @@ def layer(x, w, bias):
     del a, b
     op.to(y, op.bfloat16)
     z = op.to(op.linear(y, w, bias=bias), "cpu", memory_format=op.contiguous_format)
-    return {"z": z, 1: [-z, -1, -2.5, -inf, nan, True, None, 1e-6, -9223372036854775808]}
+    return {"z": z, 1: [-z, -1, -2.5, -inf, nan, Ellipsis, True, None, 1e-6, -9223372036854775808]}
 
 def decode(x, weights, kv):
     _, x = layer(x, *weights[3])
@@ -135,10 +135,10 @@ HOSTILE_MODULES = {
     "a decorator": "@op.linear\ndef f(x):\n    return x\n",
     "a default": "def f(x=1):\n    return x\n",
     "a mutable default": "def f(x=[op.linear(1)]):\n    return x\n",
-    "a keyword-only parameter": "def f(*, x):\n    return x\n",
-    "a positional-only parameter": "def f(x, /):\n    return x\n",
-    "a star parameter": "def f(*x):\n    return x\n",
-    "a double star parameter": "def f(**x):\n    return x\n",
+    "a keyword-only parameter": "def f(*, x):\n    return 1\n",
+    "a positional-only parameter": "def f(x, /):\n    return 1\n",
+    "a star parameter": "def f(*x):\n    return 1\n",
+    "a double star parameter": "def f(**x):\n    return 1\n",
     "an annotation": "def f(x: op.linear(1)):\n    return x\n",
     "a return annotation": "def f(x) -> op.linear(1):\n    return x\n",
     "a parameter twice": "def f(x, x):\n    return x\n",
@@ -149,7 +149,7 @@ HOSTILE_MODULES = {
     "a function twice": "def f(x):\n    return x\ndef f(x):\n    return x\n",
     "a parameter that is a function": "def g(x):\n    return x\ndef f(g):\n    return g(1)\n",
     "a keyword twice": "def f(x):\n    return op.linear(a=x, a=x)\n",
-    "keywords for a function": "def g(x):\n    return x\ndef f(x):\n    return g(x=x)\n",
+    "keywords for a function": "def g(x):\n    return x\ndef f(x):\n    return g(x, y=x)\n",
     "too few arguments": "def g(x, y):\n    return x\ndef f(x):\n    return g(x)\n",
     "a call upwards": "def f(x):\n    return g(x)\ndef g(x):\n    return x\n",
     "recursion": "def f(x):\n    return f(x)\n",
@@ -164,7 +164,7 @@ HOSTILE_MODULES = {
     "very deep minus": "def f(x):\n    return " + "-" * 99999 + "1\n",
     "a very long chain": "def f(x):\n    return x" + "()" * 99999 + "\n",
     "a long number": "def f(x):\n    return " + "9" * 9999 + "\n",
-    "a very long text": "#" * (MAX_CHARACTERS + 1),
+    "a very long text": LEGAL + "#" * MAX_CHARACTERS,
 }
 
 

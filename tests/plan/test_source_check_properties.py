@@ -31,7 +31,10 @@ KEYWORDS = st.lists(st.sampled_from(["dim={}", "p={}"]), unique=True)
 @st.composite
 def expressions(draw, bound: list[str], above: dict[str, int], depth: int = 0) -> str:
     """An expression of the grammar over the variables ``bound`` and the functions ``above``."""
-    leaf = [LITERALS, st.sampled_from(["...", "inf", "-inf", "nan", "op.float32", "op.bool"])]
+    leaf = [
+        LITERALS,
+        st.sampled_from(["...", "inf", "-inf", "nan", "Ellipsis", "op.float32", "op.bool"]),
+    ]
     if bound:
         variable = st.sampled_from(bound)
         leaf += [variable, variable.map("-{}".format)]
