@@ -93,6 +93,7 @@ class HybridEngine:
         self.stats.next_iteration()
 
     def _after_step(self) -> None:
+        self._training = True  # also where nobody called train(): the next generate is a switch
         self.stats.lap("train")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
