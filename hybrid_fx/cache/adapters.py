@@ -102,7 +102,7 @@ def adapter_state(module: nn.Module) -> AdapterState | None:
         disabled=bool(disabled or getattr(module, "_adapters_disabled", False)),
         merged=_names(getattr(module, "merged_adapters", ())),
         names=tuple(sorted(present)),
-        numbers=tuple(sorted(numbers, key=repr)),
+        numbers=tuple(sorted(numbers, key=lambda number: number[:2])),
     )
 
 

@@ -178,14 +178,12 @@ def _configs(tree: list[tuple[str, nn.Module]], prints: Fingerprints) -> Rows:
 
 
 def _config(config: Any, prints: Fingerprints) -> Any:
-    said = {k: v for k, v in config.to_dict().items() if k not in NOT_CONFIG}
+    own = {name: value for name, value in vars(config).items() if name not in NOT_CONFIG}
+    inner = {name: _config(value, prints) for name, value in own.items() if is_config(value)}
     # to_dict leaves private fields out: the implementations of attention and experts among them.
-    inner = {
-        name: _config(value, prints) if is_config(value) else prints.value(value)
-        for name, value in vars(config).items()
-        if is_config(value) or (name.startswith("_") and name not in NOT_CONFIG)
-    }
-    return [reference(type(config)), prints.value(said), inner]
+    private = {n: v for n, v in own.items() if n.startswith("_") and n not in inner}
+    said = {k: v for k, v in config.to_dict().items() if k not in NOT_CONFIG and k not in inner}
+    return [reference(type(config)), prints.value(said), prints.value(private), inner]
 
 
 def _tensors(model: nn.Module) -> Rows:

@@ -19,8 +19,12 @@ NOT_STRUCTURE = frozenset(
     "_is_torch_compile".split()
 )
 
-# Of a model's config: where it came from, and what the capture passes as an argument.
-NOT_CONFIG = frozenset(("_name_or_path", "name_or_path", "transformers_version", "use_cache"))
+# Of a model's config: where it came from, what save_pretrained writes into it, and what the capture
+# passes as an argument.
+NOT_CONFIG = frozenset(
+    "_name_or_path name_or_path transformers_version architectures dtype torch_dtype "
+    "use_cache".split()
+)
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(hook.replace("_", "_global_", 1) for hook in HOOKS)

@@ -169,6 +169,17 @@ def test_an_optimizer_of_another_model_leaves_the_version(tracker: WeightTracker
     stays(tracker, optimizer.step)
 
 
+def test_on_step_is_called_for_steps_on_the_model_only(net: Net, tracker: WeightTracker) -> None:
+    called: list[int] = []
+    tracker.on_step = lambda: called.append(tracker.version)
+    other = Net()
+    for model in (other, net, net):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.ones(1, 4)).backward()
+        optimizer.step()
+    assert called == [1, 2]
+
+
 def test_an_optimizer_of_some_parameters_raises_the_version(
     net: Net, tracker: WeightTracker
 ) -> None:
