@@ -1,5 +1,6 @@
 """Capture: a decoder's cache-free forward as one graph at torch level."""
 
+from .assumptions import assumptions
 from .capture import Captured, capture
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Captured", "assumptions", "capture"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,16 @@ from ..cache.disk import default_directory
 from ..cache.key import StructureKey
 from ..cache.plan_cache import PlanCache
 from ..cache.stamp import structure_stamp
-from ..capture import capture
+from ..capture import assumptions, capture
 from ..config import HybridConfig
-from ..errors import CaptureError, StrictError
-from ..generate import causal_lm, inference_mode_of, position_limit
+from ..errors import HybridError, StrictError
+from ..generate import causal_lm, position_limit
 from ..passes.operators import OPERATORS
-from ..passes.spec import IllegalGraphError
 from ..plan.build import build_plan, normalize
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
-from ..runtime.probe import probe
+from ..runtime.probe import Verdict, probe
+from .proof import by_graph, by_module, telling
 from .stats import Stats
 from .versions import WeightTracker
 
@@ -34,6 +35,9 @@ logger = logging.getLogger("hybrid_fx")
 
 #: Fold an adapter only where rounding takes less than this share of it (law of ``lora="auto"``).
 FOLD_LIMIT = 0.05
+
+#: Says nothing about a plan: what ran out may be there the next time.
+_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class ModelGraphs:
@@ -61,10 +65,13 @@ class ModelGraphs:
         self.errors: dict[str, float] = {}
         self._stamp: Any = None
         self._digest = ""
+        self._unmatched = ""
+        self._stored = self._distrusted = False
+        self._built: set[str] = set()
         self._folding: PlanRunner | None = None
         self._canonical: fx.Graph | None = None
         self._prepared_version: int | None = None
-        self._probed: PlanRunner | None = None
+        self._proven: PlanRunner | None = None
         self._side: frozenset[str] = frozenset()
 
     def ready(self) -> PlanRunner | None:
@@ -78,18 +85,15 @@ class ModelGraphs:
         """
         stamp = structure_stamp(self._model)
         if stamp != self._stamp:
+            self._stamp = None  # until all of it went well
             self._read_structure()
             self._stamp = stamp
         version = self._tracker.refresh()
-        if self.failure:
-            self._refuse_if_strict(self.failure)
-            return None
-        if version != self._prepared_version:
+        if not self.failure and version != self._prepared_version:
             self._prepare()
             self._prepared_version = version
-        if self.failure:
-            self._refuse_if_strict(self.failure)
-            return None
+        if reason := self.failure or self._unmatched:
+            self._refuse_if_strict(reason)
         return self.runner
 
     def _refuse_if_strict(self, reason: str) -> None:
@@ -102,24 +106,33 @@ class ModelGraphs:
         self._prepared_version = None
         if digest == self._digest and not self.failure:
             return
-        self._digest, self.failure, self.errors = digest, "", {}
-        self._canonical, self._side = None, frozenset()
+        self._digest, self.failure, self._unmatched = "", "", ""
+        self._canonical, self._distrusted, self._built = None, False, set()
+        self._load(digest)
+        self._digest = digest
+
+    def _load(self, digest: str) -> None:
+        """A runner for the plan of ``digest``, nothing prepared yet."""
         self._drop()
         try:
             plan = self._plan(digest, frozenset())
-        except (CaptureError, IllegalGraphError) as error:
-            self._fail(str(error))
+            self._folding = self.runner = self._make_runner(plan)
+        except _NO_MEMORY:
+            raise
+        except Exception as error:  # a model that does not compile generates all the same
+            self._fail("not captured", error)
             return
-        self._folding = self.runner = self._make_runner(plan)
         unmatched = [row["path"] for row in plan.manifest.layers if not row["policy"]]  # type: ignore[index,call-overload]
         if unmatched or not plan.manifest.layers:
             which = ", ".join(map(str, unmatched)) or "the model: no decoder layer was found"
-            self._refuse_if_strict(f"no policy fits {which}")
+            self._unmatched = f"no policy fits {which}"
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, what: str, reason: object) -> None:
         self._drop()
-        self.failure = f"not captured: {reason}"
-        logger.warning("%s runs as transformers' module: %s", type(self._model).__name__, reason)
+        self.failure = f"{what}: {_said(reason)}"
+        logger.warning(
+            "%s runs as transformers' module: %s", type(self._model).__name__, self.failure
+        )
 
     def _plan(self, digest: str, side: frozenset[str]) -> Plan:
         """From memory, from the disk, or built from a capture."""
@@ -127,10 +140,11 @@ class ModelGraphs:
         if side:
             name = hashlib.sha256(f"{digest} {sorted(side)}".encode()).hexdigest()
         hits = self._cache.hits_memory
-        plan = self._cache.get(name)
+        plan = None if self._distrusted and name not in self._built else self._cache.get(name)
         if plan is not None:
             memory = self._cache.hits_memory > hits
             self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
+            self._stored = name not in self._built
             return plan
         disabled = self._config.disable_passes
         if self._config.lora == "side":
@@ -139,10 +153,13 @@ class ModelGraphs:
             self._canonical_graph(),
             model=type(causal_lm(self._model)).__name__,
             vocab_size=self._vocabulary(),
+            guards=assumed,
             side=side,
             disable_passes=disabled,
         )
         self._cache.put(name, plan)
+        self._stored = False
+        self._built.add(name)
         return plan
 
     def _canonical_graph(self) -> fx.Graph:
@@ -181,59 +198,70 @@ class ModelGraphs:
 
     def _prepare(self) -> None:
         """Run the prepare graph on the weights as they are; choose where LoRA folds first."""
-        assert self.runner is not None and self._folding is not None
         with self._stats.timer("prepare"):
             tensors = self.tensors()
+            wrong = self._prepare_proven(tensors)
+            if wrong is not None and self._stored:
+                warnings.warn(
+                    f"hybrid_fx: the stored plan of {type(self._model).__name__} is not used "
+                    f"({_said(wrong)}); the model is captured again and the file replaced",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                self._distrusted = True
+                self._load(self._digest)
+                wrong = None if self.failure else self._prepare_proven(tensors)
+            if wrong is not None:
+                self._fail("the rewritten graphs do not reproduce it", wrong)
+
+    def _prepare_proven(self, tensors: dict[str, Tensor]) -> object:
+        """Prepare; at a plan's first use, prove it before. Returns what is wrong with it."""
+        try:
             self._choose_side(tensors)
-            self.runner.prepare(tensors)
-            self._stats.count("prepares")
-            if self._probed is not self.runner:
-                self._probed = self.runner
-                self._probe(tensors)
+            assert self.runner is not None
+            if self._proven is not self.runner:
+                verdict = self._compare(tensors)
+                if verdict.difference:
+                    return verdict.difference
+                if verdict.settled:
+                    self._proven = self.runner
+        except _NO_MEMORY:
+            raise
+        except Exception as error:
+            return error
+        self.runner.prepare(tensors)
+        self._stats.count("prepares")
+        return None
 
     def _choose_side(self, tensors: dict[str, Tensor]) -> None:
         assert self._folding is not None and self.runner is not None
         if self._config.lora != "auto" or not self._folding.plan.manifest.lora:
             return
-        self.errors = self._folding.measure(tensors)
-        side = frozenset(site for site, error in self.errors.items() if error >= FOLD_LIMIT)
+        errors = self._folding.measure(tensors)
+        side = frozenset(site for site, error in errors.items() if error >= FOLD_LIMIT)
         if side != self._side:
-            self._side = side
             old = self.runner
-            plan = self._plan(self._digest, side)
-            self.runner = self._folding if not side else self._make_runner(plan)
+            new = self._make_runner(self._plan(self._digest, side)) if side else self._folding
             old.release()
+            self.runner, self._side = new, side
+        self.errors = errors
 
-    def _probe(self, tensors: dict[str, Tensor]) -> None:
-        """Once for each runner: its logits against those of the forward it came from."""
+    def _compare(self, tensors: dict[str, Tensor]) -> Verdict:
+        """Hold the plan in use against the forward it came from."""
         assert self.runner is not None
-        canonical = self._canonical
-        if canonical is not None:
-            whole = fx.GraphModule({}, canonical)
-            holders = [n for n in canonical.nodes if n.op == "placeholder"]
-
-            def reference(ids: Tensor, positions: Tensor) -> Tensor:
-                given = {"input_ids": ids, "position_ids": positions}
-                out: Tensor = whole(
-                    *(
-                        given[n.meta["input"]] if "input" in n.meta else tensors[n.meta["weight"]]
-                        for n in holders
-                    )
-                )
-                return out
-        else:
-
-            def reference(ids: Tensor, positions: Tensor) -> Tensor:
-                with inference_mode_of(self._model):
-                    out: Tensor = self._model(
-                        input_ids=ids, position_ids=positions, use_cache=False
-                    ).logits
-                return out
-
-        difference = probe(self.runner, reference, self._limit())
-        self.runner.workspace.release()
-        if difference is not None:
-            self._fail(f"the rewritten graphs do not reproduce it: {difference}")
+        changed = telling(tensors, [weight.name for weight in self.runner.plan.manifest.weights])
+        weights = tensors | changed
+        self.runner.prepare(weights)
+        try:
+            return probe(
+                self.runner,
+                by_module(self._model, changed)
+                if self._canonical is None
+                else by_graph(self._canonical, weights),
+                self._limit(),
+            )
+        finally:
+            self.runner.workspace.release()
 
     def release(self) -> None:
         """Give all inference memory back; the next use prepares again."""
@@ -244,4 +272,13 @@ class ModelGraphs:
 
     def _drop(self) -> None:
         self.release()
-        self.runner = self._folding = None
+        self.runner = self._folding = self._proven = None
+        self._side, self.errors = frozenset(), {}
+
+
+def _said(reason: object) -> str:
+    """One line of an error or a text."""
+    text = str(reason).strip().split("\n")[0]
+    if isinstance(reason, Exception) and not isinstance(reason, HybridError):
+        return f"{type(reason).__name__}: {text}"
+    return text

@@ -51,6 +51,7 @@ def build_plan(
     *,
     model: str,
     vocab_size: int,
+    guards: Mapping[str, str | bool] | None = None,
     side: frozenset[str] = frozenset(),
     disable_passes: Sequence[str] = (),
 ) -> Plan:
@@ -58,6 +59,7 @@ def build_plan(
 
     Args:
         model: What the model is called, for people.
+        guards: What the capture assumed beside the model, see :mod:`hybrid_fx.capture`.
         side: Adapted modules, relative to their layer, whose LoRA stays a branch.
         disable_passes: Names of optional passes to leave out.
     """
@@ -98,7 +100,7 @@ def build_plan(
         weights=weights,
         prepared=_prepared(staged),
         kv=kv,
-        guards={},
+        guards=dict(guards or {}),
         layers=tuple(reports),
         lora=tuple(sites),
     )
