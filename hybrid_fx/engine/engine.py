@@ -165,18 +165,16 @@ class HybridEngine:
         """Say that weights were written in a way nothing can see, e.g. through ``.data``."""
         self._tracker.mark("weights_changed()")
 
-    def explain(self, *, sources: bool = False) -> Explanation:
+    def explain(self) -> Explanation:
         """What was rewritten in each layer, what was not and why; memory; generated sources.
 
-        Captures the model if that did not happen yet. ``print()`` shows it as a table.
-
-        Args:
-            sources: Also return the generated source of prepare, prefill and decode.
+        Captures and prepares the model if that did not happen yet. ``print()`` shows a table,
+        ``.render(sources=True)`` the sources too, ``.as_dict()`` gives the same as data.
         """
         if not self._closed:
             with self._lock:
                 self._graphs.ready()
-        return build_explanation(self.module, self.config, self._graphs, self.stats, sources)
+        return build_explanation(self.module, self.config, self._graphs, self.stats)
 
     def close(self) -> None:
         """Put everything back: the model's generate, torch's hooks, all inference memory."""

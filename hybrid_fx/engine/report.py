@@ -57,7 +57,7 @@ def _hook_notes(model: nn.Module) -> list[str]:
 
 
 def build_explanation(
-    model: nn.Module, config: HybridConfig, graphs: ModelGraphs, stats: Stats, sources: bool
+    model: nn.Module, config: HybridConfig, graphs: ModelGraphs, stats: Stats
 ) -> Explanation:
     """The report of an engine as it stands."""
     runner = graphs.runner
@@ -77,6 +77,6 @@ def build_explanation(
         kv_bytes=0 if runner is None else runner.workspace.nbytes,
         lora=_lora(config, graphs) + _other_adapters(model),
         fallbacks=dict(stats.fallbacks),
-        sources=dict(runner.plan.sources) if sources and runner is not None else {},
+        sources={} if runner is None else dict(runner.plan.sources),
         notes=tuple(notes),
     )
