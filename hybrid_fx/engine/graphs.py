@@ -139,9 +139,10 @@ class ModelGraphs:
         name = digest
         if side:
             name = hashlib.sha256(f"{digest} {sorted(side)}".encode()).hexdigest()
+        assumed = assumptions()
         hits = self._cache.hits_memory
         plan = None if self._distrusted and name not in self._built else self._cache.get(name)
-        if plan is not None:
+        if plan is not None and not plan.manifest.broken_guards(assumed):
             memory = self._cache.hits_memory > hits
             self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
             self._stored = name not in self._built

@@ -19,6 +19,7 @@ class PreparedTensors:
         self._wanted = wanted
         self.tensors: list[Tensor] = []
         self._kept: list[Tensor | None] = [None] * len(wanted)
+        self._next: list[Tensor | None] = []
 
     @property
     def nbytes(self) -> int:
@@ -28,7 +29,7 @@ class PreparedTensors:
     def begin(self) -> None:
         """Start a new version: nothing is valid until every tensor was stored."""
         self.tensors = []
-        self._next: list[Tensor | None] = [None] * len(self._wanted)
+        self._next = [None] * len(self._wanted)
 
     def store(self, index: int, value: Tensor) -> None:
         """Take tensor ``index`` of the new version."""

@@ -9,6 +9,9 @@ the whole forward finds both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,15 +31,29 @@ def _length(runner: PlanRunner, limit: int | None) -> int:
     return min(wanted, limit or wanted)
 
 
+class Verdict(NamedTuple):
+    """What a probe found.
+
+    Attributes:
+        settled: Whether the logits could tell: those of weights that hold NaN cannot.
+        difference: What differs, or "".
+    """
+
+    settled: bool
+    difference: str = ""
+
+
+def _uncounted(_: str) -> Any:
+    """A span that nobody reads: a probe's tokens are not the user's."""
+    return nullcontext(SimpleNamespace(tokens=0))
+
+
 def probe(
     runner: PlanRunner, reference: Callable[[Tensor, Tensor], Tensor], limit: int | None
-) -> str | None:
+) -> Verdict:
     """Compare a prepared plan with ``reference(input_ids, position_ids) -> logits``.
 
     Draws from a generator of its own; the user's random state stays as it is.
-
-    Returns:
-        What differs, or ``None``.
     """
     length = _length(runner, limit)
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +62,7 @@ def probe(
     positions = torch.arange(length, device=runner.device).expand(2, length)
     with torch.no_grad():
         wanted = reference(ids, positions)
-        session = runner.session(batch=2, capacity=length)
+        session = runner.session(batch=2, capacity=length, timer=_uncounted)
         try:
             first = max(1, length - _DECODED)
             parts = [session.forward(ids[:, :first], positions[:, :first], keep=first)]
@@ -54,11 +71,17 @@ def probe(
         finally:
             session.close()
     got = torch.cat(parts, 1)
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        said = f"{got.dtype} {list(got.shape)}, the module's {wanted.dtype} {list(wanted.shape)}"
+        return Verdict(True, f"its logits are {said}")
+    if not bool(wanted.isfinite().all()):
+        return Verdict(False)
     allowed = TOLERANCE.get(_narrowest(runner), 1e-1)
     distance = (got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30)
     if not distance <= allowed:
-        return f"its logits differ from the module's by {distance:.1e}, allowed {allowed:.0e}"
-    return None
+        said = f"its logits differ from the module's by {distance:.1e}, allowed {allowed:.0e}"
+        return Verdict(True, said)
+    return Verdict(True)
 
 
 def _narrowest(runner: PlanRunner) -> torch.dtype:

@@ -100,8 +100,11 @@ class PlanRunner:
             worst[site] = max(worst.get(site, 0.0), error)
         return worst
 
-    def session(self, *, batch: int, capacity: int) -> PlanSession:
+    def session(self, *, batch: int, capacity: int, timer: Timer | None = None) -> PlanSession:
         """Open a session of ``batch`` rows with ``capacity`` columns reserved.
+
+        Args:
+            timer: In place of the runner's own, for a session whose work is not the user's.
 
         Raises:
             EngineClosedError: where nothing is prepared, or another session is open.
@@ -119,7 +122,7 @@ class PlanRunner:
             capacity=max(capacity, self._presize),
             device=self.device,
             limit=self._limit,
-            timer=self._timer,
+            timer=timer or self._timer,
             on_close=self._close,
         )
         self._open = session

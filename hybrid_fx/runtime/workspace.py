@@ -25,6 +25,7 @@ class Workspace:
         self._layers = tuple(layers)
         self._device = device
         self._slots = 0
+        self._memory: list[tuple[Tensor, Tensor]] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.rows = 0
@@ -39,17 +40,18 @@ class Workspace:
         """Lay the memory out for ``rows`` rows of ``pitch`` positions; contents are lost."""
         if rows * pitch > self._slots:
             self.release()
+            # Counted as ours only when all of it is there: an allocation may fail or be stopped.
+            self._memory = [self._allocate(layer, rows * pitch) for layer in self._layers]
             self._slots = rows * pitch
-            self._memory = [self._allocate(layer) for layer in self._layers]
         self.rows, self.pitch = rows, pitch
         self.keys = [key[: rows * pitch] for key, _ in self._memory]
         self.values = [value[: rows * pitch] for _, value in self._memory]
 
-    def _allocate(self, layer: KVLayer) -> tuple[Tensor, Tensor]:
+    def _allocate(self, layer: KVLayer, slots: int) -> tuple[Tensor, Tensor]:
         # Zeros: a slot that is masked out still enters products, and memory may hold NaN.
         dtype = getattr(torch, layer.dtype)
         return tuple(  # type: ignore[return-value]
-            torch.zeros(self._slots, layer.kv_heads, size, dtype=dtype, device=self._device)
+            torch.zeros(slots, layer.kv_heads, size, dtype=dtype, device=self._device)
             for size in (layer.head_size, layer.value_head_size)
         )
 
@@ -75,6 +77,6 @@ class Workspace:
 
     def release(self) -> None:
         """Give the memory back."""
-        self._memory: list[tuple[Tensor, Tensor]] = []
+        self._memory = []
         self.keys, self.values = [], []
         self._slots = self.rows = self.pitch = 0
