@@ -113,7 +113,8 @@ class HybridEngine:
             if self._training:
                 self._begin_generating()
             self.stats.count("generate_calls")
-            with self.stats.timer("generate"):
+            # Memory made in inference mode could never be refilled outside of it.
+            with self.stats.timer("generate"), torch.inference_mode(False):
                 try:
                     return self._counted(
                         generate(

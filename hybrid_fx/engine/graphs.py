@@ -104,7 +104,8 @@ class ModelGraphs:
         """Find the plan of the model as it stands now."""
         digest = StructureKey.of(self._model, self._config).digest()
         self._prepared_version = None
-        if digest == self._digest and not self.failure:
+        moved = self.runner is not None and self.runner.device != self._device()
+        if digest == self._digest and not self.failure and not moved:
             return
         self._digest, self.failure, self._unmatched = "", "", ""
         self._canonical, self._distrusted, self._built = None, False, set()
@@ -180,12 +181,15 @@ class ModelGraphs:
             lower = torch.compile
         return PlanRunner(
             plan,
-            device=next(iter(self._model.parameters())).device,
+            device=self._device(),
             lower=lower,
             limit=self._limit(),
             max_out_tokens=self._config.max_out_tokens,
             timer=self._stats.timer,
         )
+
+    def _device(self) -> torch.device:
+        return next(iter(self._model.parameters())).device
 
     def _limit(self) -> int | None:
         return position_limit(causal_lm(self._model).config)
