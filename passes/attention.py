@@ -193,7 +193,8 @@ def attend_one(
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if key_valid is not None:
-        scores = scores.masked_fill(~key_valid[:, None, None, :], float("-inf"))
+        # Not -inf: a padding query with padding alone before it would be NaN, and stay in memory.
+        scores = scores.masked_fill(~key_valid[:, None, None, :], torch.finfo(scores.dtype).min)
     if sinks is not None:
         extra = sinks.float().reshape(1, kv_heads, -1, 1).expand(batch, -1, -1, 1)
         weights = torch.softmax(torch.cat((scores, extra), -1), -1)[..., :-1]
