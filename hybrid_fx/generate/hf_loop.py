@@ -87,8 +87,8 @@ def session_forward(
             asked.append("inputs_embeds")
         if isinstance(logits_to_keep, Tensor):
             asked.append("logits_to_keep as a tensor")
-        if position_ids is not None and position_ids.dim() != 2:
-            asked.append("position_ids that are no [B, T] tensor")
+        if position_ids is not None and not _fits(position_ids, input_ids):
+            asked.append(f"position_ids of shape {list(position_ids.shape)}")
         if cache.session is None and attention_mask is not None:
             asked += filter(None, [padding_fault(attention_mask)])
         if asked:
@@ -121,3 +121,10 @@ def next_columns(ids: Tensor, mask: Tensor | None, positions: Tensor | None, hel
         columns.positions[:, held:] if positions is None else positions.expand_as(ids).long(),
         None if columns.valid is None else columns.valid[:, held:],
     )
+
+
+def _fits(positions: Tensor, ids: Tensor | None) -> bool:
+    """Whether positions are ``[B, T]``, or ``[1, T]`` for all rows."""
+    if ids is None or positions.dim() != 2 or positions.shape[1] != ids.shape[1]:
+        return False
+    return positions.shape[0] in (1, ids.shape[0])

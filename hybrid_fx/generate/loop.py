@@ -29,9 +29,8 @@ def generate_fast(request: Request, runner: Runner) -> Any:
     """
     if request.setting("cache_implementation") in EXACT_CACHES:
         request.fix("cache_implementation", None)  # the workspace is the cache
-    # HF hands a custom loop neither of these; the loop below knows the streamer itself.
+    # HF hands no streamer to a custom loop; the one below knows it.
     streamer = request.arguments.pop("streamer", None)
-    request.arguments.pop("synced_gpus", None)
     depth = request.causal.config.get_text_config(decoder=True).num_hidden_layers
 
     def decode_within_hf(

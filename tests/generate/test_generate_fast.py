@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import warnings
 from typing import Any
 
 import pytest
@@ -23,13 +20,10 @@ from generate.same_as_hf import (
 )
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
     WatermarkingConfig,
 )
-from transformers.generation.streamers import BaseStreamer
+
+from hybrid_fx.generate.loop import prompt_columns
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -128,6 +122,13 @@ def test_a_mask_is_inferred_from_pad_tokens_as_by_hf(pad_in_prompt: bool) -> Non
     assert ran.runner.sessions[0].padded is pad_in_prompt
 
 
+def test_no_mask_is_inferred_where_the_pad_token_ends_a_sequence() -> None:
+    ids = prompt((6, 3), side="right")["input_ids"]
+    ran = same_as_hf(shared_model(), ids, max_new_tokens=8, eos_token_id=[PAD, 9])
+    assert is_fast(ran)
+    assert not ran.runner.sessions[0].padded
+
+
 def test_boolean_masks_and_int32_ids_are_taken() -> None:
     ids, mask = ROWS["input_ids"].int(), ROWS["attention_mask"].bool()
     assert is_fast(same_as_hf(shared_model(), ids, attention_mask=mask, max_new_tokens=5))
@@ -161,6 +162,32 @@ def test_a_generation_config_counts_and_is_not_written() -> None:
     assert ran.result.shape == (4, 18)
 
 
+@pytest.mark.parametrize("where", ["kwargs", "config", "both", "model"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_no_cache_of_hfs_is_allocated(where: str, beams: int) -> None:
+    model = new_model()
+    static = {"cache_implementation": "static"}
+    kwargs = static if where in ("kwargs", "both") else {}
+    if where == "model":
+        model.generation_config.update(**static)
+    if where != "kwargs":
+        given = static if where == "config" else {}
+        kwargs = kwargs | {"generation_config": GenerationConfig(max_length=12, **given)}
+    model._prepare_static_cache = lambda *_, **__: pytest.fail("a static cache was made")
+    ran = run(model, **ROWS, **kwargs, num_beams=beams)
+    assert len(ran.runner.sessions) == 1
+
+
+def test_positions_of_a_prompt_are_hfs_where_the_model_takes_none() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    padded = prompt_columns(mask + 5, mask, None)
+    assert padded.positions.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert padded.valid.tolist() == mask.bool().tolist()
+    full = prompt_columns(mask + 5, None, None)
+    assert full.positions.tolist() == [[0, 1, 2, 3]] * 2
+    assert full.valid is None
+
+
 def test_the_models_generation_config_counts_and_is_not_written() -> None:
     model = new_model()
     model.generation_config.update(max_length=14, cache_implementation="static", top_k=3)
@@ -168,140 +195,3 @@ def test_the_models_generation_config_counts_and_is_not_written() -> None:
     assert is_fast(same_as_hf(model, **ROWS, do_sample=True))
     assert is_fast(same_as_hf(model, **ROWS, generation_config=GenerationConfig(num_beams=1)))
     assert model.generation_config.to_dict() == before
-
-
-class _Shift(LogitsProcessor):
-    """Prefers a token after the one before it; keeps what it saw."""
-
-    def __init__(self) -> None:
-        self.seen: list[list[int]] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.seen.append(input_ids.view(-1).tolist())
-        return scores + torch.nn.functional.one_hot((input_ids[:, -1] + 1) % VOCAB, VOCAB) * 5
-
-
-class _After(StoppingCriteria):
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        rows = torch.arange(len(input_ids))
-        return input_ids.shape[1] >= self.count + rows
-
-
-def test_custom_processors_and_criteria_run_on_the_fast_path() -> None:
-    def make() -> dict[str, Any]:
-        return {
-            "logits_processor": LogitsProcessorList([_Shift()]),
-            "stopping_criteria": StoppingCriteriaList([_After(13)]),
-        }
-
-    ran = same_as_hf(shared_model(), **ROWS, max_new_tokens=20, do_sample=True, make=make)
-    assert is_fast(ran)
-    assert ran.result.shape == (4, 16)
-
-
-def test_allowed_tokens_by_prefix_are_kept() -> None:
-    def even(row: int, ids: torch.Tensor) -> list[int]:
-        return list(range(row % 2, VOCAB, 2))
-
-    ran = same_as_hf(
-        shared_model(), **ROWS, max_new_tokens=6, eos_token_id=None, prefix_allowed_tokens_fn=even
-    )
-    assert is_fast(ran)
-    assert (ran.result[1, 9:] % 2 == 1).all()
-
-
-class _Log(BaseStreamer):
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.events.append(value.tolist())
-
-    def end(self) -> None:
-        self.events.append("end")
-
-
-def test_a_streamer_hears_what_it_hears_from_hf() -> None:
-    by_hf, by_us = _Log(), _Log()
-    streamers = iter([by_hf, by_us])
-    ran = same_as_hf(
-        shared_model(), **prompt((4,)), max_new_tokens=7, make=lambda: {"streamer": next(streamers)}
-    )
-    assert is_fast(ran)
-    assert by_us.events == by_hf.events
-    assert by_us.events[-1] == "end"
-
-
-@pytest.mark.parametrize("sample", [False, True])
-def test_the_output_object_holds_scores_and_logits(sample: bool) -> None:
-    ran = same_as_hf(
-        shared_model("qwen2"),
-        **ROWS,
-        do_sample=sample,
-        top_k=4,
-        max_new_tokens=5,
-        return_dict_in_generate=True,
-        output_scores=True,
-        output_logits=True,
-    )
-    assert is_fast(ran)
-    assert len(ran.result.scores) == len(ran.result.logits) == ran.result.sequences.shape[1] - 9
-
-
-def test_without_a_cache_the_output_object_has_none() -> None:
-    ran = same_as_hf(
-        shared_model(), **ROWS, max_new_tokens=3, return_dict_in_generate=True, use_cache=False
-    )
-    assert ran.result.past_key_values is None
-
-
-def test_a_long_prompt_is_fed_in_the_chunks_asked_for() -> None:
-    ran = same_as_hf(shared_model(), **ROWS, max_new_tokens=4, prefill_chunk_size=4)
-    assert is_fast(ran)
-    assert ran.runner.calls[:3] == [(4, 4, 1), (4, 4, 1), (4, 1, 1)]
-
-
-def test_arguments_hf_refuses_are_refused_in_its_words() -> None:
-    refused: list[dict[str, Any]] = [
-        {"max_new_token": 5},
-        {"temperature": -1.0, "do_sample": True},
-        {"num_return_sequences": 3},
-        {"max_length": 4},
-        {"stopping_criteria": 7},
-        {"cache_implementation": "statik"},
-        {"inputs": ROWS["input_ids"]},
-    ]
-    for kwargs in refused:
-        with pytest.raises(Exception) as by_hf:
-            shared_model().generate(**ROWS, **kwargs)
-        with pytest.raises(type(by_hf.value)) as by_us:
-            run(shared_model(), **ROWS, **kwargs)
-        assert str(by_us.value) == str(by_hf.value)
-
-
-def test_the_warnings_are_hfs() -> None:
-    model, told = new_model(), []
-    model.generation_config.pad_token_id = None
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    ids = prompt((4, 4))["input_ids"]
-    try:
-        for kwargs in ({"temperature": 0.5}, {"max_new_tokens": 3, "max_length": 9}, {"top_k": 3}):
-            heard = []
-            for call in (model.generate, functools.partial(run, model)):
-                told.clear()
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    call(ids, **kwargs)
-                heard.append((list(told), [str(warning.message) for warning in caught]))
-            # What HF says once in a process it said in its own call.
-            assert set(heard[1][0]) <= set(heard[0][0])
-            assert heard[1][1] == heard[0][1]
-            assert len(heard[1][0]) == len(set(heard[1][0])) > 0
-    finally:
-        logger.removeHandler(handler)

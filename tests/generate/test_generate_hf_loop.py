@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from generate.same_as_hf import (
     FAMILIES,
     Ran,
+    is_fast,
     new_model,
     prompt,
     run,
@@ -17,8 +19,11 @@ from generate.same_as_hf import (
     shared_model,
     watched,
 )
-from transformers import ByT5Tokenizer, GenerationConfig
+from transformers import ByT5Tokenizer, GenerationConfig, Phi3ForCausalLM
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
+
+from hybrid_fx.errors import HybridError
 
 ROWS = prompt((3, 9, 1, 6))
 BEAMS: dict[str, dict[str, Any]] = {
@@ -115,6 +120,7 @@ def test_a_model_that_prepares_its_own_inputs_gets_hfs_loop() -> None:
 
     class Own(type(model)):  # type: ignore[misc]
         def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+            assert inspect.signature(self.forward) == inspect.signature(super().forward)
             return super().prepare_inputs_for_generation(*args, **kwargs)
 
     model.__class__ = Own
@@ -137,22 +143,68 @@ def test_a_loop_that_starts_over_drops_the_columns() -> None:
     assert widths == [9, 1, 1, 12, 1, 1, 1, 1]
 
 
-def test_a_forward_asked_for_more_runs_the_module() -> None:
+def asking_model(*, at_width: int) -> Any:
+    """Its loop asks the forward for router logits whenever it feeds so many columns."""
     model = new_model()
 
     class Asks(type(model)):  # type: ignore[misc]
         def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
             inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-            return inputs | {"output_router_logits": True}
+            asks = inputs["input_ids"].shape[1] == at_width
+            return inputs | {"output_router_logits": asks or None}
 
         @functools.wraps(type(model).forward)
-        def forward(self, output_router_logits: bool = False, **kwargs: Any) -> Any:
+        def forward(self, output_router_logits: Any = None, **kwargs: Any) -> Any:
             return super().forward(**kwargs)
 
     model.__class__ = Asks
+    return model
+
+
+def test_a_forward_asked_for_more_runs_the_module() -> None:
+    model = asking_model(at_width=9)
     ran = same_as_hf(model, **ROWS, max_new_tokens=4, do_sample=True)
     asked = "the model's generation loop asks its forward for output_router_logits"
     assert ran.fallbacks == [f"HF module: {asked}"]
+
+
+def test_a_forward_asked_for_more_midway_says_so() -> None:
+    with pytest.raises(HybridError, match="asks its forward for output_router_logits"):
+        run(asking_model(at_width=1), **ROWS, max_new_tokens=4)
+
+
+def test_a_streamer_hears_no_prompt_twice_from_a_model_that_asks() -> None:
+    class Log(BaseStreamer):
+        def put(self, value: Any) -> None:
+            heard.append(value.tolist())
+
+        def end(self) -> None:
+            heard.append("end")
+
+    events = []
+    for generate in (lambda model, **k: model.generate(**k), run):
+        heard: list[Any] = []
+        generate(asking_model(at_width=4), **prompt((4,)), max_new_tokens=3, streamer=Log())
+        events.append(heard)
+    assert events[0] == events[1]
+
+
+@pytest.mark.skipif(
+    "next_sequence_length" not in inspect.getsource(Phi3ForCausalLM.prepare_inputs_for_generation),
+    reason="this transformers drops Phi-3's cache at the switch and feeds the last token alone",
+)
+@pytest.mark.parametrize("name", ["longrope", "default"])
+def test_long_rope_switches_where_hf_switches(name: str) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": name, "rope_theta": 1e4} | (factors if name == "longrope" else {})
+    model = new_model("phi3", rope_parameters=rope, original_max_position_embeddings=12)
+    ran = same_as_hf(model, **prompt((9, 9)), max_new_tokens=8, eos_token_id=None)
+    if name == "default":
+        assert is_fast(ran)
+        return
+    assert looped(ran, "Phi3ForCausalLM has a prepare_inputs_for_generation() of its own")
+    widths = [width for _, width, _ in ran.runner.calls]
+    assert widths == [9, 1, 1, 1, 13, 1, 1, 1]
 
 
 def test_a_hook_on_the_model_runs_once_and_not_twice() -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from generate.same_as_hf import is_fast, new_model, prompt, run, same_as_hf, shared_model, watched
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from hybrid_fx.errors import StrictError
 from hybrid_fx.generate import RULES, Route, generate
+from hybrid_fx.generate.request import resolve
+from hybrid_fx.generate.routes import choose
 
 ROWS = prompt((3, 9, 1, 6))
 RIGHT = prompt((3, 9, 1, 6), side="right")
@@ -179,8 +181,9 @@ def test_lora_generates_on_the_fast_path_of_the_base_model(task: str | None) -> 
     assert is_fast(same_as_hf(model, **ROWS, max_new_tokens=8, do_sample=True))
     own = type(model.generation_config)(max_new_tokens=3, pad_token_id=0, eos_token_id=None)
     model.generation_config = own  # only PeftModelForCausalLM hands it down
-    ran = same_as_hf(model, **ROWS)
+    ran = run(model, **ROWS)
     assert is_fast(ran)
+    assert ran.result.tolist() == model.generate(**ROWS).tolist()
     assert ran.result.shape[1] == (29 if task is None else 12)
 
 
@@ -203,6 +206,71 @@ def test_prompt_tuning_runs_the_module() -> None:
     model = get_peft_model(new_model(), config).eval()
     ran = same_as_hf(model, **ROWS, max_new_tokens=5)
     assert ran.fallbacks == ["HF module: adapter 'default' is prompt learning (PROMPT_TUNING)"]
+
+
+def test_an_activated_lora_runs_the_module() -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6], r=4)
+    model = get_peft_model(new_model(), config).eval()
+    ran = same_as_hf(model, **ROWS, max_new_tokens=3)
+    assert ran.fallbacks == ["HF module: adapter 'default' is an activated LoRA"]
+
+
+def test_a_draft_for_another_model_is_left_to_the_module() -> None:
+    config = GenerationConfig(max_new_tokens=4)
+    config.is_assistant = True
+    request = resolve(shared_model(), (), {**ROWS, "generation_config": config})
+    assert choose(request) == (Route.MODULE, "this model drafts for another one")
+
+
+def test_positions_of_three_dimensions_are_left_to_the_module() -> None:
+    kwargs = {**ROWS, "position_ids": torch.zeros(3, 4, 9, dtype=torch.long)}
+    route, why = choose(resolve(shared_model(), (), kwargs))
+    assert (route, why) == (Route.MODULE, "position_ids that are no [B, T] tensor")
+
+
+def test_a_model_that_reorders_its_own_cache_beams_by_itself() -> None:
+    model = new_model()
+
+    class Reorders(type(model)):  # type: ignore[misc]
+        def _reorder_cache(self, cache: Any, rows: torch.Tensor) -> Any:
+            cache.reorder_cache(rows)
+            return cache
+
+    model.__class__ = Reorders
+    assert is_fast(same_as_hf(model, **ROWS, max_new_tokens=3))
+    ran = same_as_hf(model, **ROWS, max_new_tokens=3, num_beams=2)
+    assert ran.fallbacks == ["HF module: Reorders reorders its cache itself"]
+
+
+def test_hf_calling_generate_again_gets_the_plain_one() -> None:
+    model = new_model()
+
+    class Heals(type(model)):  # type: ignore[misc]
+        def heal_tokens(self, ids: torch.Tensor, tokenizer: Any = None) -> torch.Tensor:
+            return self.generate(ids, max_new_tokens=2)[:, : ids.shape[1]]
+
+    model.__class__ = Heals
+    plain = model.generate
+    kwargs = {"input_ids": ROWS["input_ids"][1:2], "max_new_tokens": 3, "token_healing": True}
+    expected = plain(**kwargs)
+    model.generate = lambda *_, **__: pytest.fail("the instance's generate was called")
+    out = generate(
+        model, watched(model), (), kwargs, on_fallback=lambda _: None, plain_generate=plain
+    )
+    assert out.tolist() == expected.tolist()
+
+
+def test_a_runner_is_made_without_gradients_and_in_eval() -> None:
+    model = new_model().train()
+
+    def make() -> Any:
+        assert not torch.is_grad_enabled()
+        assert not any(module.training for module in model.modules())
+        return watched(model)
+
+    with torch.enable_grad():
+        run(model, **ROWS, max_new_tokens=2, runner=make)
+    assert model.training
 
 
 def test_every_rule_is_named_once_and_leads_off_the_fast_path() -> None:
