@@ -35,7 +35,8 @@ def weight_only(graph: fx.Graph) -> dict[fx.Node, None]:
             if "weight" in node.meta:
                 found[node] = None
         elif node.op == "call_function" and is_pure(node) and node not in touched:
-            if all(s in found and s not in touched for s in node.all_input_nodes):
+            fixed = all(s in found and s not in touched for s in node.all_input_nodes)
+            if fixed:
                 found[node] = None
     return found
 
@@ -64,9 +65,7 @@ def weights_first(graph: fx.Graph) -> None:
     """Let every weight-only call stand before all others, in the order they have."""
     movable = [node for node in weight_only(graph) if node.op != "placeholder"]
     moving = set(movable)
-    first = next(
-        (n for n in graph.nodes if n.op != "placeholder" and n not in moving), None
-    )
+    first = next((n for n in graph.nodes if n.op != "placeholder" and n not in moving), None)
     for node in movable:
         if first is not None:
             first.prepend(node)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from torch import fx
 
 from .binding import weight_only, weights_first
-from .graph import call, order, path_of, shape_of, sweep
+from .functionalize import written_memory
+from .graph import call, dtype_of, order, path_of, shape_of, sweep
 from .pattern import Match, NoMatch
+from .rewrite import Context, PassResult, reads_written
 from .roles import find_role
-from .rewrite import Context, PassResult
 
 
 def _joined(graph: fx.Graph, found: Sequence[Match]) -> fx.Node | NoMatch:
@@ -26,6 +27,12 @@ def _joined(graph: fx.Graph, found: Sequence[Match]) -> fx.Node | NoMatch:
             return NoMatch(match.root.name, f"the input {first['x'].name}", match["x"].name)
         if (match["bias"] is None) != (first["bias"] is None):
             return NoMatch(match.root.name, "a bias on all of them or on none", "some")
+        if dtype_of(match["weight"]) != dtype_of(first["weight"]):
+            kinds = str(dtype_of(first["weight"])), str(dtype_of(match["weight"]))
+            return NoMatch(match.root.name, f"weights of {kinds[0]}", kinds[1])
+    written = written_memory(graph)
+    if shared := next((m for m in found if reads_written(m, written)), None):
+        return NoMatch(shared.root.name, "values that nothing writes in place", "a write")
     weights, biases = [m["weight"] for m in found], [m["bias"] for m in found]
     rows = [(shape_of(weight) or (None,))[0] for weight in weights]
     if not all(isinstance(size, int) for size in rows):
@@ -33,6 +40,9 @@ def _joined(graph: fx.Graph, found: Sequence[Match]) -> fx.Node | NoMatch:
     weights_first(graph)
     place = order(graph)
     early = min(roots, key=place.__getitem__)
+    for weight in (*weights, *biases):
+        if weight is not None and place[weight] > place[early]:
+            return NoMatch(weight.name, "weights that do not depend on the tokens", weight.name)
     path = path_of(early).rsplit(".", 1)[0]
     with graph.inserting_before(early):
         weight = call(graph, "concat_rows", *weights, path=path)

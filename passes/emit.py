@@ -8,19 +8,15 @@ defined above, ``del`` and ``return``; nothing else.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from keyword import iskeyword
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import fx
 
-from .graph import inside, path_of, tail_names
+from .functionalize import written_memory
+from .graph import inside, is_pure, tail_names
 from .operators import operator_name
-
-#: Names that the source uses for something else.
-_RESERVED = frozenset({"op", "slice", "inf", "nan", "weights", "prepared", "keys", "values"})
+from .writer import Writer, wrapped
 
 
 @dataclass
@@ -31,62 +27,6 @@ class _Region:
     nodes: list[fx.Node]
     inputs: list[fx.Node]
     outputs: list[fx.Node]
-
-
-@dataclass
-class _Writer:
-    """Names and lines of one function body."""
-
-    names: dict[fx.Node, str] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=set)
-    lines: list[str] = field(default_factory=list)
-
-    def name(self, node: fx.Node, wish: str) -> str:
-        base = re.sub(r"\W", "_", wish)
-        base = re.sub(r"_\d+$", "", base) or "value"
-        if base[0].isdigit() or base.startswith("_") or base in _RESERVED or iskeyword(base):
-            base = f"x_{base}"
-        name, number = base, 1
-        while name in self.taken:
-            number += 1
-            name = f"{base}_{number}"
-        self.taken.add(name)
-        self.names[node] = name
-        return name
-
-    def spell(self, value: object) -> str:
-        """A value as source."""
-        if isinstance(value, fx.Node):
-            return self.names[value]
-        if isinstance(value, tuple):
-            inner = ", ".join(map(self.spell, value))
-            return f"({inner},)" if len(value) == 1 else f"({inner})"
-        if isinstance(value, list):
-            return f"[{', '.join(map(self.spell, value))}]"
-        if isinstance(value, slice):
-            return f"slice({', '.join(map(self.spell, (value.start, value.stop, value.step)))})"
-        if isinstance(value, torch.dtype):
-            return f"op.{str(value).removeprefix('torch.')}"
-        if isinstance(value, torch.device):
-            return repr(str(value))
-        if value is ...:
-            return "..."
-        if isinstance(value, torch.memory_format | torch.layout):
-            return f"op.{str(value).removeprefix('torch.')}"
-        if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
-            return {"nan": "nan", "inf": "inf", "-inf": "-inf"}[str(value)]
-        return repr(value)
-
-    def call(self, node: fx.Node) -> str:
-        args = [self.spell(arg) for arg in node.args]
-        args += [f"{key}={self.spell(value)}" for key, value in node.kwargs.items()]
-        return f"op.{operator_name(node.target)}({', '.join(args)})"
-
-    def forget(self, done: Sequence[fx.Node], live: Callable[[fx.Node], bool]) -> None:
-        """Drop names that nothing reads any more, so that memory goes back at once."""
-        gone = [self.names[node] for node in dict.fromkeys(done) if not live(node)]
-        if gone:
-            self.lines.append(f"del {', '.join(gone)}")
 
 
 def _regions(graph: fx.Graph, layers: Sequence[str]) -> list[_Region]:
@@ -102,14 +42,19 @@ def _regions(graph: fx.Graph, layers: Sequence[str]) -> list[_Region]:
         outputs = [n for n in nodes if any(user not in members for user in n.users)]
         users = [user for n in outputs for user in n.users if user not in members]
         late = max((place[s] for s in inputs), default=-1)
-        if all(place[user] > place[nodes[-1]] for user in users) and late < place[nodes[-1]]:
+        behind = all(place[user] > place[nodes[-1]] for user in users)
+        if outputs and behind and late < place[nodes[-1]]:
             found.append(_Region(layer, nodes, list(inputs), outputs))
     return found
 
 
 def _pull_inputs_up(graph: fx.Graph, regions: Sequence[_Region]) -> list[_Region]:
-    """Move what a layer reads, but stands among its nodes, in front of it, where that is sound."""
+    """Move what a layer reads, but stands among its nodes, in front of it, where that is sound.
+
+    What has an effect, or reads memory that is written in place, stays where it is.
+    """
     kept = []
+    written = written_memory(graph)
     for region in regions:
         place = {node: i for i, node in enumerate(graph.nodes)}
         first = region.nodes[0]
@@ -123,6 +68,7 @@ def _pull_inputs_up(graph: fx.Graph, regions: Sequence[_Region]) -> list[_Region
                 sound = sound and node not in members
                 continue
             if place[node] > place[first] and node not in movable:
+                sound = sound and is_pure(node) and node not in written
                 movable.append(node)
                 todo += node.all_input_nodes
         if sound:
@@ -146,14 +92,14 @@ def _input_name(node: fx.Node, region: _Region, shared: set[fx.Node]) -> str:
 
 
 def _layer_function(
-    region: _Region, shared: set[fx.Node], *, plain: bool
+    region: _Region, shared: set[fx.Node], functions: frozenset[str], *, plain: bool
 ) -> tuple[str, list[fx.Node]]:
     """Parameters and body of a layer's function, and the nodes its arguments are.
 
     ``plain`` names values by operator, so that the text is equal for layers that are alike;
     otherwise they keep the names that capture gave them.
     """
-    writer = _Writer()
+    writer = Writer(functions=functions)
     own = [n for n in region.inputs if _is_own(n)]
     arguments = [*(n for n in region.inputs if n not in own), *own]
     for node in arguments:
@@ -175,8 +121,7 @@ def _layer_function(
             lambda n: remaining[n] > 0 or n in results,
         )
     writer.lines.append("return " + ", ".join(writer.names[n] for n in region.outputs))
-    body = "\n".join(f"    {line}" for line in writer.lines)
-    return f"({parameters}):\n{body}\n", arguments
+    return f"({parameters}):\n{writer.text()}", arguments
 
 
 def _is_own(node: fx.Node) -> bool:
@@ -225,22 +170,35 @@ def emit(
     shared = {n for n, count in uses.items() if count == len(regions) > 1 and n not in produced}
     kinds: dict[str, str] = {}
     functions: list[str] = []
+    names = frozenset(
+        {function, layer_name, *(f"{layer_name}_{i + 1}" for i in range(1, len(regions)))}
+    )
     heads: dict[fx.Node, tuple[_Region, str, list[fx.Node]]] = {}
     for region in regions:
-        key, _ = _layer_function(region, shared, plain=True)
-        text, arguments = _layer_function(region, shared, plain=False)
+        key, _ = _layer_function(region, shared, names, plain=True)
+        text, arguments = _layer_function(region, shared, names, plain=False)
         if key not in kinds:
             kinds[key] = layer_name if not kinds else f"{layer_name}_{len(kinds) + 1}"
-            functions.append(f"def {kinds[key]}{text}")
+            functions.append(_definition(kinds[key], text))
         heads[region.nodes[0]] = (region, kinds[key], arguments)
-    functions.append(f"def {function}({', '.join(parameters)}):\n{_root(graph, heads)}")
+    functions.append(
+        _definition(function, f"({', '.join(parameters)}):\n{_root(graph, heads, names)}")
+    )
     return "\n\n".join(functions)
 
 
+def _definition(name: str, text: str) -> str:
+    """``def name(parameters):`` and the body, the first line broken where it is long."""
+    head, _, body = text.partition("\n")
+    return f"{wrapped(f'def {name}{head}')}\n{body}"
+
+
 def _root(
-    graph: fx.Graph, heads: dict[fx.Node, tuple[_Region, str, list[fx.Node]]]
+    graph: fx.Graph,
+    heads: dict[fx.Node, tuple[_Region, str, list[fx.Node]]],
+    functions: frozenset[str],
 ) -> str:
-    writer = _Writer()
+    writer = Writer(functions=functions)
     grouped = {n: region for region, *_ in heads.values() for n in region.nodes}
     remaining = {n: len(n.users) for n in graph.nodes}
 
@@ -261,7 +219,8 @@ def _root(
         elif node in heads:
             region, name, arguments = heads[node]
             given = ", ".join(writer.names[n] for n in arguments)
-            wishes = ["hidden", *(n.name for n in region.outputs[1:])]
+            alone = len(region.outputs) == 1
+            wishes = ["hidden"] if alone else [n.name for n in region.outputs]
             targets = [writer.name(*pair) for pair in zip(region.outputs, wishes, strict=True)]
             writer.lines.append(f"{', '.join(targets)} = {name}({given})")
             finish(region.nodes, region.inputs)
@@ -271,4 +230,4 @@ def _root(
                 text = f"{writer.name(node, node.name)} = {text}"
             writer.lines.append(text)
             finish([node], node.all_input_nodes)
-    return "\n".join(f"    {line}" for line in writer.lines) + "\n"
+    return writer.text()

@@ -34,9 +34,7 @@ _INNER = Any("inner", node=True)
 _MAGNITUDE = Any("magnitude", node=True)
 _EXCESS = Call("sub", _MAGNITUDE, Const(equals=1))
 _PLAIN = Either(Call("sub", Any("base_again"), Any("bias_again")), Any("base_again"))
-_SCALED = Call(
-    "mul", Call("mul", _MAGNITUDE, _LOW_RANK, commutes=True), _SCALE, commutes=True
-)
+_SCALED = Call("mul", Call("mul", _MAGNITUDE, _LOW_RANK, commutes=True), _SCALE, commutes=True)
 _DORA: Pattern = Opt(
     "to",
     Call(
@@ -100,9 +98,9 @@ def _deltas(found: list[Match]) -> list[Value]:
 
 def _tops(graph: fx.Graph) -> list[fx.Node]:
     """Sums, and casts of sums, that are not themselves part of a longer sum; last first."""
-    sums = [n for n in calls(graph, "add", "to") if name_of(n) == "add" or (
-        name_of(n.args[0]) == "add"
-    )]
+    sums = [
+        n for n in calls(graph, "add", "to") if name_of(n) == "add" or (name_of(n.args[0]) == "add")
+    ]
     return list(reversed(sums))
 
 
@@ -149,8 +147,7 @@ def _fold_embedding(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) 
         # tables are [V, E] = (B A)^T: fold in the transposed sense, [E, V]
         turned = call(graph, "t", end["weight"], path=path)
         factors = [
-            call(graph, "t", v, path=path) if isinstance(v, fx.Node) else v
-            for v in _deltas(found)
+            call(graph, "t", v, path=path) if isinstance(v, fx.Node) else v for v in _deltas(found)
         ]
         folded = call(graph, "fold_lora", turned, *factors, path=path)
         table = call(graph, "contiguous", call(graph, "t", folded, path=path), path=path)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .graph import name_of, order
-from .operators import OPERATORS
+from .graph import name_of, order, value_of
+from .operators import IN_PLACE, OPERATORS
 
 #: In-place spelling -> (functional operator, in-place operator of the table).
 _TWINS: dict[Any, tuple[str, str]] = {
@@ -32,57 +34,124 @@ _TWINS: dict[Any, tuple[str, str]] = {
     "sigmoid_": ("sigmoid", "sigmoid_"),
 }
 
+#: The plain twin where the in-place one has keywords: ``x.add_(y, alpha=2)``.
+_WITH_KEYWORDS = {"add": "scaled_add", "sub": "scaled_sub", "truediv": "div"}
+
 #: Operators whose result may share memory with an argument.
 VIEWS: frozenset[str] = frozenset(
     "view reshape transpose t permute unsqueeze squeeze expand expand_as getitem split chunk "
     "unbind unflatten flatten select narrow movedim swapaxes view_as contiguous to detach "
-    "unfold type_as".split()
+    "unfold type_as dropout einsum gather".split()
 )
 
 
+def shares_memory(node: object) -> bool:
+    """Whether a call's result may share memory with an argument: a view, or a write in place."""
+    if not isinstance(node, fx.Node):
+        return False
+    return name_of(node) in VIEWS | IN_PLACE or node.kwargs.get("inplace") is True
+
+
+def bases(node: fx.Node) -> list[fx.Node]:
+    """A value and all that it may be a view of."""
+    found: dict[fx.Node, None] = {}
+    todo = [node]
+    while todo:
+        source = todo.pop()
+        if source not in found:
+            found[source] = None
+            todo += source.all_input_nodes if shares_memory(source) else []
+    return list(found)
+
+
+def written_memory(graph: fx.Graph) -> set[fx.Node]:
+    """Every value whose memory an in-place call may write, under any of its names."""
+    found: set[fx.Node] = set()
+    todo = [
+        base
+        for node in graph.nodes
+        if name_of(node) in IN_PLACE or node.kwargs.get("inplace") is True
+        for base in bases(node)
+    ]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [user for user in node.users if shares_memory(user)]
+    return found
+
+
 def _seen_later(node: fx.Node, place: dict[fx.Node, int], at: int) -> bool:
-    """Whether a view of ``node``, or a view of a view, is used at position ``at`` or later."""
+    """Whether a view of ``node`` taken before position ``at`` is used there or later."""
     return any(
-        name_of(user) in VIEWS
-        and (any(place[u] >= at for u in (user, *user.users)) or _seen_later(user, place, at))
+        shares_memory(user)
+        and place[user] < at
+        and (any(place[u] >= at for u in user.users) or _seen_later(user, place, at))
         for user in node.users
     )
 
 
 def _aliased(node: fx.Node, place: dict[fx.Node, int], at: int) -> bool:
     """Whether ``node``'s memory may be seen under another name after position ``at``."""
-    if node.op != "call_function" or name_of(node) in VIEWS or name_of(node) is None:
+    if node.op != "call_function" or name_of(node) is None or shares_memory(node):
         return True
     return _seen_later(node, place, at)
+
+
+def _same_kind(node: fx.Node, plain: str) -> bool:
+    """Whether the plain operator gives the dtype and shape that writing in place keeps."""
+    written = value_of(node.args[0])
+    values = [value_of(arg) for arg in (*node.args, *node.kwargs.values())]
+    if not isinstance(written, FakeTensor) or any(value is None for value in values[1:]):
+        return False
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    with written.fake_mode, torch.no_grad():
+        result = OPERATORS[plain](*args, **kwargs)
+    return result.dtype == written.dtype and tuple(result.shape) == tuple(written.shape)
 
 
 def functionalize(graph: fx.Graph) -> int:
     """Replace in-place calls by plain ones where that is sound; returns how many changed."""
     count = 0
     for node in list(graph.nodes):
-        target = node.target
-        inplace_flag = name_of(node) in ("relu", "silu") and node.kwargs.get("inplace") is True
-        if name_of(node) in _TWINS:
-            target = name_of(node)
-        if target not in _TWINS and not inplace_flag:
-            continue
-        place = order(graph)
-        written = node.args[0]
-        if not isinstance(written, fx.Node):  # symbolic sizes: plain arithmetic
-            node.target = OPERATORS[_TWINS[target][0]]
-            count += 1
-            continue
-        sound = not _aliased(written, place, place[node])
-        if inplace_flag:
-            if not sound:
-                continue
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-        else:
-            plain, in_place = _TWINS[target]
-            node.target = OPERATORS[plain if sound else in_place]
-        if sound:
-            written.replace_all_uses_with(
-                node, delete_user_cb=lambda user: place[user] > place[node]  # noqa: B023
-            )
-        count += 1
+        before = node.target, node.kwargs
+        target = name_of(node) if name_of(node) in _TWINS else node.target
+        if node.kwargs.get("inplace") is True and name_of(node) is not None:
+            _free_activation(graph, node)
+        elif target in _TWINS and node.args:
+            _free_twin(graph, node, *_TWINS[target])
+        count += (node.target, node.kwargs) != before
     return count
+
+
+def _rename(graph: fx.Graph, node: fx.Node) -> bool:
+    """Give later uses of the written value the new name, where no other name sees the write."""
+    place = order(graph)
+    written = node.args[0]
+    if not isinstance(written, fx.Node) or _aliased(written, place, place[node]):
+        return False
+    written.replace_all_uses_with(node, delete_user_cb=lambda user: place[user] > place[node])
+    return True
+
+
+def _free_activation(graph: fx.Graph, node: fx.Node) -> None:
+    """``relu(x, inplace=True)``; where it must write, ``relu_`` does, and others stay refused."""
+    plain = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    if _rename(graph, node):
+        node.kwargs = plain
+    elif name_of(node) == "relu":
+        node.target, node.kwargs = OPERATORS["relu_"], plain
+
+
+def _free_twin(graph: fx.Graph, node: fx.Node, plain: str, in_place: str) -> None:
+    if node.kwargs:
+        plain = _WITH_KEYWORDS.get(plain, plain)
+    if not isinstance(node.args[0], fx.Node) or not _is_tensor(node.args[0]):
+        node.target = OPERATORS[plain]  # symbolic sizes: plain arithmetic
+        return
+    sound = _same_kind(node, plain) and _rename(graph, node)
+    node.op, node.target = "call_function", OPERATORS[plain if sound else in_place]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return not isinstance(value_of(node), int | float | torch.SymInt | torch.SymFloat)

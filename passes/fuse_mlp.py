@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from .functionalize import written_memory
 from .graph import call, name_of, path_of, sweep
 from .pattern import Match, NoMatch
+from .rewrite import Context, PassResult, reads_written, safe_to_replace
 from .roles import find_role
-from .rewrite import Context, PassResult, safe_to_replace
 
 
 def _kind(found: Match) -> str | None:
@@ -18,17 +19,28 @@ def _kind(found: Match) -> str | None:
     return next((kind for kind in ("silu", "relu", "gelu") if kind in names), None)
 
 
+def _halves(parts: fx.Node) -> bool:
+    """Whether a call cuts the last axis into two equal parts."""
+    if len(parts.args) != 3 or parts.args[2] != -1:
+        return False
+    if name_of(parts) == "chunk":
+        return parts.args[1] == 2
+    sizes = parts.args[1]
+    equal = isinstance(sizes, tuple | list) and len(sizes) == 2 and sizes[0] == sizes[1]
+    return name_of(parts) == "split" and equal
+
+
 def _gated(graph: fx.Graph, found: Match, kind: str) -> fx.Node | NoMatch:
     gate, up = found["a"], found["up"]
     parts = gate.args[0] if name_of(gate) == "getitem" else None
     expected = "gate and up as the halves of one linear (concat_gate_up)"
     if parts is None or name_of(up) != "getitem" or up.args != (parts, 1) or gate.args[1] != 0:
         return NoMatch(gate.name, expected, name_of(gate) or gate.op)
-    joined = parts.args[0]
-    sizes = parts.args[1]
-    if name_of(parts) != "split" or name_of(joined) != "linear" or sizes[0] != sizes[1]:
+    if not _halves(parts) or name_of(parts.args[0]) != "linear":
         return NoMatch(parts.name, expected, name_of(parts) or parts.op)
-    if len(gate.users) + len(up.users) + len(joined.users) != 3:
+    joined = parts.args[0]
+    inner = {*found.nodes, parts, gate, up}
+    if any(user not in inner for node in (joined, parts, gate, up) for user in node.users):
         return NoMatch(joined.name, "gate and up used by the MLP alone", "another user")
     x, weight, bias = joined.args
     down = (found["down"], found["down_bias"])
@@ -60,7 +72,8 @@ def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
             continue
         match = found[0]
         kind = _kind(match)
-        if kind is None or not safe_to_replace(match):
+        alone = safe_to_replace(match) and not reads_written(match, written_memory(graph))
+        if kind is None or not alone:
             misses.append((path, NoMatch(match.root.name, "an MLP of its own", "shared values")))
             continue
         with graph.inserting_before(match.root):
@@ -73,5 +86,3 @@ def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
         sweep(graph)
         count += 1
     return PassResult(count, tuple(misses))
-
-

@@ -13,7 +13,7 @@ from torch import fx
 
 from .binding import tensors_cross, weight_only
 from .functionalize import VIEWS
-from .graph import name_of, path_of, sweep, value_of
+from .graph import dtype_of, name_of, path_of, sweep, value_of
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,14 @@ def recipe(node: fx.Node) -> str:
 
 def _owned(node: fx.Node) -> bool:
     """Whether a hoisted value has memory of its own."""
-    while name_of(node) == "gather" or name_of(node) in VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
+    while name_of(node) in VIEWS:
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or dtype_of(node) != dtype_of(source):
+            break  # a cast, or a list: a copy
+        value = value_of(source)
+        if name_of(node) == "contiguous" and value is not None and not value.is_contiguous():
+            break
+        node = source
     return node.op != "placeholder"
 
 

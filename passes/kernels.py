@@ -57,7 +57,11 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def gated_mlp(
-    x: Tensor, gate_up: Tensor, gate_up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
     kind: str,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` with gate and up as one [2F, E] weight."""

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 from torch import fx
 
-from .graph import call, fresh_input, name_of, path_of
+from .graph import call, fresh_input, name_of, path_of, shape_of
 from .layers import ATTENTION
 from .rewrite import Context, PassResult
 
 #: What may stand between the projection and the output: it works on each value alone.
 _POINTWISE = ("truediv", "mul", "tanh", "to", "getitem", "add")
+
+
+def _each_alone(node: fx.Node) -> bool:
+    """Whether a call gives each token's logits from that token's logits alone."""
+    source, *rest = node.args
+    if name_of(node) not in _POINTWISE or not isinstance(source, fx.Node) or node.kwargs:
+        return False
+    if name_of(node) == "getitem":  # logits[..., :v] keeps all tokens
+        index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
+        whole = (slice(None), slice(None, None, 1), slice(0, None), slice(0, None, 1))
+        lead = index[:2] if index[:1] != (...,) else ()
+        tail = index[len(lead) :] if lead else index[1:]
+        return all(part in whole for part in lead) and len(tail) <= 1
+    others = [s for s in rest if isinstance(s, fx.Node)]
+    return all(len(shape_of(other) or (0, 0)) <= 1 for other in others)
+
+
+def _projection(node: object) -> fx.Node | None:
+    """The linear that gives the logits, where nothing but the output sees what it gives."""
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if name_of(node) == "linear":
+            source = node.args[0]
+            tokens = len(shape_of(source) or ()) == 3 and name_of(source) not in ATTENTION
+            return node if tokens else None
+        if not _each_alone(node):
+            return None
+        node = node.args[0]
+    return None
 
 
 def keep_last_tokens(graph: fx.Graph, context: Context) -> PassResult:
@@ -21,11 +49,9 @@ def keep_last_tokens(graph: fx.Graph, context: Context) -> PassResult:
     node = output.args[0]
     if any(name_of(n) == "last_tokens" for n in graph.nodes):
         return PassResult(0)
-    found = node
-    while name_of(found) in _POINTWISE and isinstance(found.args[0], fx.Node):
-        found = found.args[0]
+    found = _projection(node)
     keep = fresh_input(graph, "keep")
-    if name_of(found) == "linear" and name_of(found.args[0]) not in ATTENTION:
+    if found is not None:
         source = found.args[0]
         with graph.inserting_before(found):
             kept = call(graph, "last_tokens", source, keep, path=path_of(found))

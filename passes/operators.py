@@ -57,6 +57,8 @@ def _build() -> dict[str, Callable[..., Any]]:
     ):
         table |= {name: getattr(owner, name) for name in names.split() if hasattr(owner, name)}
     table["gather_along"] = table.pop("gather")
+    # torch's own, where Python's operator lacks the keyword: add(x, y, alpha=2)
+    table["scaled_add"], table["scaled_sub"] = torch.add, torch.sub
     table["vector_norm"] = torch.linalg.vector_norm
     table["linalg_norm"] = torch.linalg.norm
     table["attention"] = attention.attention

@@ -2,7 +2,7 @@
 
 A pattern is built of five pieces::
 
-    Call("mul", Any("weight"), X, commutes=True)   a call of an operator
+    Call("mul", Any("weight"), P, commutes=True)   a call of an operator
     Any("x")                                       any value; a name binds it
     Const("eps", float)                            a plain value of a type
     Either(P, Q)                                   the first that fits
@@ -15,7 +15,7 @@ with the node, what was expected and what stood there, taken from the attempt th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from itertools import permutations
 from typing import Any as Value
 
@@ -33,7 +33,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Any(Pattern):
-    """Any value. With ``weight``, a placeholder of a parameter or a call on parameters alone."""
+    """Any value; with ``node``, one that the graph computes or reads, no plain value."""
 
     name: str = ""
     node: bool = False
@@ -54,12 +54,20 @@ class Const(Pattern):
         return repr(self.equals) if self.equals is not ... else f"a constant {self.name}".strip()
 
 
+@dataclass(frozen=True, init=False)
 class Call(Pattern):
     """A call of ``operator`` (or one of several) whose leading arguments match ``args``.
 
     Arguments beyond ``args`` must be absent or ``None``, unless ``more`` is set. ``users`` is the
     exact number of users, where it matters.
     """
+
+    operators: tuple[str, ...]
+    args: tuple[Pattern, ...]
+    name: str
+    commutes: bool
+    more: bool
+    users: int | None
 
     def __init__(
         self,
@@ -70,33 +78,35 @@ class Call(Pattern):
         more: bool = False,
         users: int | None = None,
     ) -> None:
-        self.operators = (operator,) if isinstance(operator, str) else operator
-        self.args = args
-        self.name = name
-        self.commutes = commutes
-        self.more = more
-        self.users = users
+        names = (operator,) if isinstance(operator, str) else operator
+        values = (names, args, name, commutes, more, users)
+        for entry, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, entry.name, value)
 
     def describe(self) -> str:
-        return " or ".join(self.operators) + f" with {len(self.args)} arguments"
+        users = "" if self.users is None else f" and {self.users} users"
+        return " or ".join(self.operators) + f" with {len(self.args)} arguments{users}"
 
 
+@dataclass(frozen=True, init=False)
 class Either(Pattern):
     """The first of several patterns that fits."""
 
+    options: tuple[Pattern, ...]
+
     def __init__(self, *options: Pattern) -> None:
-        self.options = options
+        object.__setattr__(self, "options", options)
 
     def describe(self) -> str:
         return "one of: " + "; ".join(option.describe() for option in self.options)
 
 
+@dataclass(frozen=True)
 class Opt(Pattern):
     """``inner``, bare or as the first argument of ``operator``."""
 
-    def __init__(self, operator: str, inner: Pattern) -> None:
-        self.operator = operator
-        self.inner = inner
+    operator: str
+    inner: Pattern
 
     def describe(self) -> str:
         return f"{self.inner.describe()}, maybe under {self.operator}"
@@ -119,11 +129,15 @@ class Match:
 
 @dataclass(frozen=True)
 class NoMatch:
-    """A failed match: falsy; ``str`` gives the reason in one line."""
+    """A failed match: falsy; ``str`` gives the reason in one line.
+
+    ``depth`` is the number of calls that had matched when it failed: how far the attempt got.
+    """
 
     node: str
     expected: str
     found: str
+    depth: int = 0
 
     def __bool__(self) -> bool:
         return False
@@ -139,39 +153,48 @@ class _Search:
     depth: int = -1
     failure: NoMatch | None = None
     budget: int = 20_000
-    bound: dict[str, Value] = field(default_factory=dict)
 
     def fail(self, depth: int, at: str, pattern: Pattern, value: object) -> None:
         if depth > self.depth:
             self.depth = depth
-            self.failure = NoMatch(at, pattern.describe(), _found(value))
+            self.failure = NoMatch(at, pattern.describe(), _found(value, pattern), depth)
 
 
-def _found(value: object) -> str:
+def _found(value: object, pattern: Pattern | None = None) -> str:
     if not isinstance(value, fx.Node):
         return f"the value {value!r}"
     if value.op == "placeholder":
         return f"the weight {weight_name(value)}" if weight_name(value) else f"input {value.name}"
-    return f"{name_of(value) or value.target} ({value.name})"
+    name = name_of(value) or value.target
+    if isinstance(pattern, Call) and name in pattern.operators:  # what else was in the way
+        arguments = len(value.args) + len(value.kwargs)
+        return f"{name} ({value.name}) with {arguments} arguments and {len(value.users)} users"
+    return f"{name} ({value.name})"
 
 
 _Taken = tuple[dict[str, Value], tuple[fx.Node, ...]]
 
 
-def match(pattern: Pattern, node: fx.Node) -> Match | NoMatch:
-    """Match ``pattern`` with ``node`` as its root."""
-    search = _Search()
+def match(pattern: Pattern, node: fx.Node, *, budget: int = 20_000) -> Match | NoMatch:
+    """Match ``pattern`` with ``node`` as its root, in at most ``budget`` steps."""
+    search = _Search(budget=budget)
     for bindings, nodes in _try(pattern, node, {}, (), search, node.name):
         return Match(node, bindings, tuple(dict.fromkeys(nodes)))
+    if search.budget < 0:
+        return NoMatch(node.name, f"a match within {budget} steps", "more to try")
     return search.failure or NoMatch(node.name, pattern.describe(), _found(node))
+
+
+def _equal(a: Value, b: Value) -> bool:
+    """Equality of plain values; unlike ``==``, it tells True from 1 and 1 from 1.0."""
+    return not isinstance(a, fx.Node) and type(a) is type(b) and bool(a == b)
 
 
 def _bind(name: str, value: Value, bound: dict[str, Value]) -> dict[str, Value] | None:
     if not name:
         return bound
     if name in bound:
-        same = bound[name] is value or (not isinstance(value, fx.Node) and bound[name] == value)
-        return bound if same else None
+        return bound if bound[name] is value or _equal(bound[name], value) else None
     return {**bound, name: value}
 
 
@@ -201,9 +224,11 @@ def _try(
         yield from _try_call(pattern, value, bound, nodes, search, at)
         return
     if isinstance(pattern, Const):
-        right = isinstance(value, pattern.types) if pattern.equals is ... else (
-            not isinstance(value, fx.Node) and value == pattern.equals
-        )
+        if pattern.equals is ...:
+            right = isinstance(value, pattern.types)
+        else:
+            numbers = {type(value), type(pattern.equals)} <= {int, float}
+            right = (numbers and value == pattern.equals) or _equal(value, pattern.equals)
     else:
         right = isinstance(value, fx.Node) or not getattr(pattern, "node", False)
     taken = _bind(pattern.name, value, bound) if right else None  # type: ignore[attr-defined]

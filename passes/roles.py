@@ -70,7 +70,7 @@ def find_role(graph: fx.Graph, role: Role, layer: str) -> list[Match] | NoMatch:
         result = match(role.pattern, node)
         if isinstance(result, Match):
             found.append(result)
-        elif failure is None or len(result.expected) < len(failure.expected):
+        elif failure is None or result.depth > failure.depth:
             failure = result
     if len(found) >= role.count:
         return found

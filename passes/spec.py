@@ -1,7 +1,7 @@
 """What a legal graph is, as rules that are checked after every pass.
 
 A rule takes a node and returns a complaint, or ``None``. The stages differ in one thing: the
-training graph and the captured graph hold ``attention``, a threaded graph ``attend``.
+captured graph holds ``attention``, a threaded graph ``attend``; :data:`THREADED` adds that rule.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from .functionalize import bases
 from .graph import name_of
 from .operators import IN_PLACE, operator_name
 
@@ -67,11 +68,26 @@ def plain_arguments(node: fx.Node) -> str | None:
 
 
 def weights_unwritten(node: fx.Node) -> str | None:
-    """No in-place operator writes a parameter."""
-    if name_of(node) in IN_PLACE:
-        target = node.args[0]
-        if isinstance(target, fx.Node) and target.meta.get("parameter"):
-            return f"it writes the parameter {target.meta.get('weight')}"
+    """No in-place operator writes a parameter, or a view of one."""
+    if name_of(node) in IN_PLACE and isinstance(node.args[0], fx.Node):
+        for base in bases(node.args[0]):
+            if base.meta.get("parameter"):
+                return f"it writes the parameter {base.meta.get('weight')}"
+    return None
+
+
+def no_hidden_write(node: fx.Node) -> str | None:
+    """What writes says so in its name, not in a keyword."""
+    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+        keyword = "inplace" if node.kwargs.get("inplace") else "out"
+        return f"the keyword {keyword} makes {name_of(node)} write into memory of others"
+    return None
+
+
+def attends(node: fx.Node) -> str | None:
+    """No attention without the workspace is left."""
+    if name_of(node) == "attention":
+        return "this attention was not threaded through the workspace; a decode would not see it"
     return None
 
 
@@ -82,7 +98,11 @@ RULES: tuple[Rule, ...] = (
     placed,
     plain_arguments,
     weights_unwritten,
+    no_hidden_write,
 )
+
+#: The rules of a prefill or decode graph.
+THREADED: tuple[Rule, ...] = (*RULES, attends)
 
 
 def check_graph(graph: fx.Graph, *, stage: str, rules: Sequence[Rule] = RULES) -> None:

@@ -39,7 +39,9 @@ def kv_shapes(graph: fx.Graph) -> tuple[KVShape, ...]:
 
 def _kv_shape(node: fx.Node) -> KVShape:
     key, value, dtype = shape_of(node.args[1]), shape_of(node.args[2]), dtype_of(node.args[1])
-    assert key is not None and value is not None and dtype is not None
+    assert key is not None
+    assert value is not None
+    assert dtype is not None
     window = node.args[4] if len(node.args) > 4 else 0
     return KVShape(path_of(node), int(key[1]), int(key[3]), int(value[3]), window, dtype)
 
@@ -56,7 +58,17 @@ def _thread(graph: fx.Graph, operator: str) -> PassResult:
         table = tuple(fresh_input(graph, name) for name in ("slots", "key_valid", "pitch"))
         with graph.inserting_before(node):
             new = call(
-                graph, operator, query, key, value, *memory, *table, scale, window, softcap, sinks,
+                graph,
+                operator,
+                query,
+                key,
+                value,
+                *memory,
+                *table,
+                scale,
+                window,
+                softcap,
+                sinks,
                 path=path_of(node),
             )
         new.meta["val"] = node.meta.get("val")

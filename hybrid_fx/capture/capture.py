@@ -127,9 +127,7 @@ def _bind(traced: Trace, model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.G
     return graph
 
 
-def _bind_size(
-    graph: fx.Graph, node: fx.Node, symbols: Mapping[str, tuple[fx.Node, int]]
-) -> None:
+def _bind_size(graph: fx.Graph, node: fx.Node, symbols: Mapping[str, tuple[fx.Node, int]]) -> None:
     if node.users:
         source = symbols.get(str(node.meta.get("example_value")))
         if source is None:

@@ -16,6 +16,15 @@ from torch import fx
 
 from ..errors import CaptureError
 
+#: For the time of one trace. Without the first, Dynamo remembers the values an earlier trace of
+#: this function saw (another model's eps, its scaling) and makes inputs of what differs.
+_SETTINGS = {
+    "automatic_dynamic_shapes": False,
+    "assume_static_by_default": True,
+    "specialize_float": True,
+    "suppress_errors": False,
+}
+
 
 class _Stop(Exception):
     """Ends the first run of the compiled function: its arguments are all that was wanted."""
@@ -58,7 +67,8 @@ def trace(function: Callable[..., Any], *args: Any) -> Trace:
 
     assert isinstance(function, FunctionType)
     try:
-        torch.compile(_own_code(function), backend=backend, fullgraph=True)(*args)
+        with torch._dynamo.config.patch(_SETTINGS):
+            torch.compile(_own_code(function), backend=backend, fullgraph=True)(*args)
     except _Stop:
         return traces[0]
     except Exception as error:

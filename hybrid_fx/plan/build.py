@@ -1,6 +1,6 @@
 """Build a plan from a captured graph: the compiler, as it reads.
 
-    canonical graph -> match policies -> rewrite -> gather -> hoist -> thread the workspace -> emit
+canonical graph -> match policies -> rewrite -> gather -> hoist -> thread the workspace -> emit
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, copy_
 from ..passes.policies import POLICIES
 from ..passes.rewrite import Context, PassRecord, run_passes
 from ..passes.roles import LayerMatch, match_layer
+from ..passes.spec import THREADED, check_graph
 from ..passes.thread_kv import kv_shapes
 from .plan import KVLayer, Manifest, Plan, Prepared, Weight
 
@@ -57,6 +58,9 @@ def build_plan(
 ) -> Plan:
     """Rewrite a canonical graph (left as it is) into a plan.
 
+    Raises:
+        IllegalGraphError: where a pass leaves a graph that the specification refuses.
+
     Args:
         model: What the model is called, for people.
         guards: What the capture assumed beside the model, see :mod:`hybrid_fx.capture`.
@@ -87,6 +91,7 @@ def build_plan(
     for stage, passes in (("prefill", PREFILL), ("decode", DECODE)):
         body = copy_graph(staged.body)
         run_passes(body, passes, context)
+        check_graph(body, stage=stage, rules=THREADED)
         sources[stage] = emit(
             body,
             function=stage,
@@ -140,10 +145,13 @@ def _prepared(staged: Hoisted) -> tuple[Prepared, ...]:
 def _by_layer(graph: fx.Graph, layers: Sequence[str], outputs: Sequence[fx.Node]) -> fx.Graph:
     """A copy in which each layer's nodes stand together, followed by the stores of its results."""
     groups: list[list[fx.Node]] = [[] for _ in range(len(layers) + 1)]
+    group_of: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.op == "call_function":
-            number = next((i for i, path in enumerate(layers) if inside(node, path)), -1)
-            groups[number + 1].append(node)
+            own = next((i + 1 for i, path in enumerate(layers) if inside(node, path)), 0)
+            # what reads another group's result cannot stand before it
+            group_of[node] = max(own, *(group_of.get(s, 0) for s in node.all_input_nodes), 0)
+            groups[group_of[node]].append(node)
     new, copies = fx.Graph(), {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -207,9 +215,7 @@ def _drop_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _report(
-    graph: fx.Graph, match: LayerMatch, records: Sequence[PassRecord]
-) -> Mapping[str, Any]:
+def _report(graph: fx.Graph, match: LayerMatch, records: Sequence[PassRecord]) -> Mapping[str, Any]:
     """What became of one layer, as plain values."""
     here = [n for n in graph.nodes if n.op == "call_function" and inside(n, match.path)]
     names = [name_of(node) for node in here]

@@ -1,8 +1,8 @@
 """GPT-2: LayerNorm before each half, learned positions, one fused q-k-v projection of transposed
 weights (Conv1D), plain MLP with the tanh form of GELU."""
 
-from .patterns import LAYER_NORM, OUTPUT, linear, plain_mlp
 from ..roles import Policy, Role
+from .patterns import LAYER_NORM, OUTPUT, linear, plain_mlp
 
 GPT2 = Policy(
     name="gpt2",

@@ -1,8 +1,8 @@
 """Llama, and what is built like it: Qwen2 and Qwen3, Mistral. RMSNorm before each half, rotary
 positions, separate q, k, v with or without bias, gated SiLU MLP."""
 
-from .patterns import OUTPUT, RMS_NORM, ROTARY, gated_mlp, linear
 from ..roles import Policy, Role
+from .patterns import OUTPUT, RMS_NORM, ROTARY, gated_mlp, linear
 
 LLAMA = Policy(
     name="llama",

@@ -1,8 +1,8 @@
 """OPT: LayerNorm before (or, OPT-350m, behind) each half, learned positions, biased projections,
 plain ReLU MLP without a module of its own."""
 
-from .patterns import LAYER_NORM, OUTPUT, linear, plain_mlp
 from ..roles import Policy, Role
+from .patterns import LAYER_NORM, OUTPUT, linear, plain_mlp
 
 OPT = Policy(
     name="opt",

@@ -40,9 +40,7 @@ ROTARY = Call(
     commutes=True,
 )
 
-ATTENTION = Call(
-    ("attention", "attend", "attend_one"), Any("q"), Any("k"), Any("v"), more=True
-)
+ATTENTION = Call(("attention", "attend", "attend_one"), Any("q"), Any("k"), Any("v"), more=True)
 
 #: The output projection on the joined heads.
 OUTPUT = Call(
@@ -53,9 +51,7 @@ OUTPUT = Call(
 )
 
 _CUBE = Call("mul", Const(equals=0.044715), Call("pow", Any("a", node=True), Const(equals=3.0)))
-_TANH = Call(
-    "tanh", Call("mul", Const(equals=0.7978845608028654), Call("add", Any("a"), _CUBE))
-)
+_TANH = Call("tanh", Call("mul", Const(equals=0.7978845608028654), Call("add", Any("a"), _CUBE)))
 #: ``0.5 a (1 + tanh(sqrt(2 / pi) (a + 0.044715 a**3)))`` (Hendrycks & Gimpel 2016).
 GELU_TANH = Call(
     "mul", Call("mul", Const(equals=0.5), Any("a")), Call("add", Const(equals=1.0), _TANH)

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from ..roles import Role
 from .llama import LLAMA
 from .patterns import linear
-from ..roles import Role
 
 _BIASED = linear(biased=True)
 
