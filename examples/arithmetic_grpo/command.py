@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
             raise ValueError(
                 f"--prompts {options.prompts}: only {len(problems.train)} are there to draw from"
             )
+        torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         model, tokenizer = (
             small_llama(hidden=options.hidden, layers=options.layers)
@@ -83,7 +84,14 @@ def run(options: argparse.Namespace, model: Any, tokenizer: Any, problems: Probl
     engine.close()
     seconds = time.perf_counter() - began
     outcome = Outcome(
-        before, after, len(problems.held_out), speed, tuple(history), warm_seconds, seconds
+        before,
+        after,
+        len(problems.held_out),
+        speed,
+        dict(engine.stats.fallbacks),
+        tuple(history),
+        warm_seconds,
+        seconds,
     )
     name = options.model or f"Llama of {sum(p.numel() for p in model.parameters()):,} parameters"
     job = f"GRPO, {options.control} control" if options.control else "GRPO"

@@ -41,14 +41,17 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
     """Return the causal LM ``name`` (a path, or a name on the hub) and its tokenizer.
 
     Raises:
-        OSError, ValueError: as transformers raises them, where there is no such model.
+        OSError, ValueError: as transformers raises them, where there is no such model; where its
+            tokenizer cannot write the task.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if not tokenizer.encode("17+25=", add_special_tokens=False):
+        raise ValueError(f"the tokenizer of {name} makes no tokens of '17+25='")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     disable_dropout(model)
     return model, tokenizer
 
@@ -90,5 +93,5 @@ def end_ids(model: Any, tokenizer: Any, *, newline: bool) -> tuple[int, ...]:
         ids = tokenizer.eos_token_id
     ends = list(ids) if isinstance(ids, list | tuple) else [int(ids)]
     if newline:
-        ends.append(tokenizer.encode("\n", add_special_tokens=False)[-1])
+        ends += tokenizer.encode("\n", add_special_tokens=False)[-1:]
     return tuple(ends)

@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
     "held_out": 400,
     "turns": 15,
     "rows_at_once": 0,
+    "threads": 1,
 }
 QUICK = {
     "digits": 1,
@@ -50,10 +51,21 @@ PRETRAINED = {
     "lr": 2e-6,
     "held_out": 200,
     "rows_at_once": 16,
+    "threads": torch.get_num_threads(),
 }
 LORA_LR = {"small": 1e-3, "pretrained": 1e-4}
 CONTROLS = ("frozen", "shuffled")
-POSITIVE = ("digits", "hidden", "layers", "iterations", "prompts", "samples", "epochs", "held_out")
+POSITIVE = (
+    "digits",
+    "hidden",
+    "layers",
+    "iterations",
+    "prompts",
+    "samples",
+    "epochs",
+    "held_out",
+    "threads",
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -82,6 +94,7 @@ def build_parser() -> OneLineParser:
     add("--lora", action="store_true", help="train a LoRA adapter on all linear layers")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 … (cpu)")
     add("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (float32)")
+    add("--threads", type=int, help="on the CPU (1, the same sums anywhere; all with --model)")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="for grpo.png (out)")
     add("--explain", action="store_true", help="print what hybrid_fx rewrote")
     add("--iterations", type=int, help="of GRPO (100)")

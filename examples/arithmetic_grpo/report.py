@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,18 @@ from .speed import Speed
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of one run; accuracies are fractions of the held-out problems, greedy."""
+    """The result of one run.
+
+    Attributes:
+        before, after: Greedy accuracy on the held-out problems, as fractions.
+        fallbacks: Why calls left the engine's rewritten graphs, and how often.
+    """
 
     before: float
     after: float
     held_out: int
     speed: Speed | None
+    fallbacks: Mapping[str, int]
     history: tuple[Iteration, ...]
     warmup_seconds: float
     seconds: float
@@ -49,6 +55,8 @@ def outcome_table(outcome: Outcome, title: str) -> Table:
         table.add_row("rollouts, transformers.generate", f"{speed.transformers:.0f} tokens/s")
         table.add_row("ratio", f"{speed.engine / speed.transformers:.2f}x")
         table.add_row(f"same sampled tokens in {speed.turns} turns", str(speed.same_tokens).lower())
+    for reason, times in outcome.fallbacks.items():
+        table.add_row("left the rewritten graphs", f"{times} times: {reason}")
     table.add_section()
     table.add_row("warm-up", f"{outcome.warmup_seconds:.0f} s")
     for name in PARTS:
