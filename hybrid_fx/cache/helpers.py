@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -19,6 +19,10 @@ from .fingerprint import Fingerprints, class_items, nested_code, reference, sha2
 
 # Told by their versions; what is patched in their classes is read with the classes.
 _BY_VERSION = frozenset(("torch", "builtins", "hybrid_fx")) | sys.stdlib_module_names
+
+_CONSTANTS = frozenset(
+    (type(None), bool, int, float, str, list, tuple, dict, set, frozenset, OrderedDict, defaultdict)
+)
 
 
 def is_by_version(module_name: str) -> bool:
@@ -105,9 +109,11 @@ def _told(value: Any, prints: Fingerprints, module_name: str) -> Any:
         return {"class": [reference(value), prints.one_class(value) if own else ""]}
     if isinstance(value, FunctionType | functools.partial) or hasattr(value, "__wrapped__"):
         return prints.value(value)
-    if isinstance(value, bool | int | float | str | list | tuple | dict | set | frozenset | None):
+    # Constants only: a registry (often a dict of a class of its own) fills up with every model that
+    # the process builds, and its state is not code.
+    if type(value) in _CONSTANTS:
         return prints.value(value)
-    return {"object": reference(type(value))}  # loggers, registries: their state is not code
+    return {"object": reference(type(value))}
 
 
 def helper_modules(

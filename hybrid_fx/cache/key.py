@@ -238,11 +238,13 @@ def _options(config: HybridConfig, prints: Fingerprints) -> Rows:
 @functools.cache
 def package_digest() -> str:
     """Digest of every source file of this package, read once in a process."""
-    folders = [Path(__file__).resolve().parent.parent, Path(str(passes_file)).resolve().parent]
+    passes = Path(str(passes_file)).resolve().parent
     parts: list[str] = []
-    for folder in folders:
+    for folder in (Path(__file__).resolve().parent.parent, passes):
         for file in sorted(folder.rglob("*.py")):
-            parts += [file.relative_to(folder).as_posix(), file_digest(str(file))]
+            # Installed, passes lie within the package; in a checkout they lie beside it.
+            if folder == passes or passes not in file.parents:
+                parts += [file.relative_to(folder).as_posix(), file_digest(str(file))]
     return sha256(*parts)
 
 
