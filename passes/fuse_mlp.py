@@ -64,7 +64,7 @@ def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
     count, misses = 0, []
     for path, layer in context.layers.items():
         role = layer.policy.role("mlp")
-        if role is None:
+        if role is None or not context.wants("fuse_mlp", layer):
             continue
         found = find_role(graph, role, path)
         if isinstance(found, NoMatch):

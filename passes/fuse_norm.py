@@ -47,6 +47,8 @@ def _summed(norm: fx.Node, context: Context, written: set[fx.Node]) -> fx.Node |
     layer = next((path for path in context.layers if inside(norm, path)), None)
     if layer is None or name_of(total) != "add" or not inside(total, layer):
         return None
+    if not context.wants("fuse_add_norm", context.layers[layer]):
+        return None
     if len(norm.args) != _ARGUMENTS[str(name_of(norm))] or norm.kwargs or total.kwargs:
         return None
     x, y = total.args

@@ -46,11 +46,17 @@ class Context:
 
     Attributes:
         layers: Module path of each decoder layer and the policy that describes it.
+        fusions: ``"all"`` of them, or those with a ``"measured"`` gain on the layer's family.
         side: Suffixes of module paths whose LoRA stays a branch, e.g. ``"self_attn.q_proj"``.
     """
 
     layers: Mapping[str, Any] = field(default_factory=dict)
     side: frozenset[str] = frozenset()
+    fusions: str = "all"
+
+    def wants(self, fusion: str, layer: Any) -> bool:
+        """Whether ``fusion`` is to be made in a layer that matched as ``layer`` says."""
+        return self.fusions == "all" or fusion in layer.policy.gains
 
 
 Pass = Callable[[fx.Graph, Context], PassResult]

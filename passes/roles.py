@@ -36,10 +36,18 @@ class Role:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """A decoder family."""
+    """A decoder family.
+
+    Attributes:
+        name: What reports call it.
+        roles: Its named places.
+        gains: The fusions that a recorded benchmark showed to gain 3 % or more on this family;
+            the others run where they are asked for.
+    """
 
     name: str
     roles: tuple[Role, ...]
+    gains: frozenset[str] = frozenset()
 
     def role(self, name: str) -> Role | None:
         """The role called ``name``, if the family has it."""
@@ -76,7 +84,9 @@ def find_role(graph: fx.Graph, role: Role, layer: str) -> list[Match] | NoMatch:
         return found
     if found:
         return NoMatch(layer, f"{role.count} of {role.name}", f"{len(found)}")
-    return failure or NoMatch(layer, f"a call in {' or '.join(role.at)}", "none")
+    if failure is not None:  # a failed match is falsy
+        return failure
+    return NoMatch(layer, f"a call in {' or '.join(role.at)}", "none")
 
 
 def match_layer(graph: fx.Graph, layer: str, policies: Sequence[Policy]) -> LayerMatch:

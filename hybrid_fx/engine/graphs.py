@@ -158,6 +158,7 @@ class ModelGraphs:
             guards=assumed,
             side=side,
             disable_passes=disabled,
+            fusions=self._config.fusions,
         )
         self._cache.put(name, plan)
         self._stored = False

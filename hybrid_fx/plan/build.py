@@ -55,6 +55,7 @@ def build_plan(
     guards: Mapping[str, str | bool] | None = None,
     side: frozenset[str] = frozenset(),
     disable_passes: Sequence[str] = (),
+    fusions: str = "measured",
 ) -> Plan:
     """Rewrite a canonical graph (left as it is) into a plan.
 
@@ -66,10 +67,11 @@ def build_plan(
         guards: What the capture assumed beside the model, see :mod:`hybrid_fx.capture`.
         side: Adapted modules, relative to their layer, whose LoRA stays a branch.
         disable_passes: Names of optional passes to leave out.
+        fusions: ``"measured"`` or ``"all"``, see :class:`~hybrid_fx.passes.rewrite.Context`.
     """
     graph = copy_graph(canonical)
     layers = {path: match_layer(graph, path, POLICIES) for path in layer_paths(graph)}
-    context = Context(layers=layers, side=side)
+    context = Context(layers=layers, side=side, fusions=fusions)
     wanted = tuple((name, run) for name, run in OPTIONAL if name not in disable_passes)
     records = run_passes(graph, wanted + STAGE, context)
     reports = [_report(graph, match, records) for match in layers.values()]

@@ -1,0 +1,67 @@
+"""Models of real shapes with random weights: speed does not depend on the values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama-110m": lambda: LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    ),
+    "qwen2-110m": lambda: Qwen2Config(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    ),
+    "gpt2-124m": lambda: GPT2Config(),
+    "opt-125m": lambda: OPTConfig(
+        hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12
+    ),
+    "q05": lambda: Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "l1b": lambda: LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def build(name: str, *, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A model of shape ``name``; the same weights every time."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=dtype)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.to(device).eval()

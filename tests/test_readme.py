@@ -1,0 +1,41 @@
+"""The README's Python blocks run, in order, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_every_python_block_of_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(blocks) >= 2
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        )
+    )
+    ids = torch.randint(3, 64, (2, 7))
+    names = {
+        "model": model,
+        "tokens": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        "batch": {"input_ids": ids, "labels": ids},
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
+    }
+    before = model.lm_head.weight.detach().clone()
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert names["out"].shape[0] == 2 and names["out"].shape[1] > 7
+    assert not torch.equal(before, model.lm_head.weight)
+    assert names["engine"].stats.counters["hf_forwards"] == 0
