@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .operators import EFFECTS, OPERATORS, operator_name
+from .operators import EFFECTS, INPLACE_AT, OPERATORS, operator_name
 
 
 def name_of(node: object) -> str | None:
@@ -70,10 +70,14 @@ def calls(graph: fx.Graph, *names: str) -> list[fx.Node]:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a node may be moved, merged or dropped."""
-    if node.op == "call_function":
-        return operator_name(node.target) not in EFFECTS
-    return node.op not in ("placeholder", "output")
+    """Whether a node may be moved, merged or dropped; what the table lacks may not."""
+    if node.op == "call_method":  # as captured: torch ends the names of methods that write in _
+        return not str(node.target).endswith("_")
+    name = name_of(node)
+    if name is None or name in EFFECTS:
+        return False
+    at = INPLACE_AT.get(name, len(node.args))
+    return not (node.args[at : at + 1] == (True,) or node.kwargs.keys() & {"inplace", "out"})
 
 
 def sweep(graph: fx.Graph) -> int:

@@ -83,6 +83,12 @@ NAMES: Mapping[Any, str] = MappingProxyType({fn: name for name, fn in OPERATORS.
 #: Operators that write into their first argument.
 IN_PLACE: frozenset[str] = frozenset(_IN_PLACE.split())
 
+#: Where an activation's ``inplace`` stands; it is a keyword in a canonical graph, and only if true.
+INPLACE_AT: Mapping[str, int] = MappingProxyType(
+    dict.fromkeys("relu silu mish hardswish relu6 hardsigmoid".split(), 1)
+    | {"elu": 2, "leaky_relu": 2, "hardtanh": 3, "dropout": 3}
+)
+
 #: Operators with an effect besides their result: never moved, merged or dropped.
 EFFECTS: frozenset[str] = IN_PLACE | {"attend", "attend_one", "store"}
 

@@ -182,7 +182,8 @@ def match(pattern: Pattern, node: fx.Node, *, budget: int = 20_000) -> Match | N
         return Match(node, bindings, tuple(dict.fromkeys(nodes)))
     if search.budget < 0:
         return NoMatch(node.name, f"a match within {budget} steps", "more to try")
-    return search.failure or NoMatch(node.name, pattern.describe(), _found(node))
+    assert search.failure is not None
+    return search.failure
 
 
 def _equal(a: Value, b: Value) -> bool:

@@ -111,7 +111,10 @@ def check_graph(graph: fx.Graph, *, stage: str, rules: Sequence[Rule] = RULES) -
     Raises:
         IllegalGraphError: naming ``stage``, the node, what is wrong, its inputs and its users.
     """
-    graph.lint()
+    try:
+        graph.lint()
+    except RuntimeError as error:  # a use before its definition, a node of another graph
+        raise IllegalGraphError(f"after {stage}: {str(error).splitlines()[0]}") from error
     for node in graph.nodes:
         for rule in rules:
             if complaint := rule(node):

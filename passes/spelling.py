@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .graph import shape_of
-from .operators import NAMES, OPERATORS, operator_name
+from .operators import INPLACE_AT, NAMES, OPERATORS, operator_name
 
 #: Functions that are another spelling of a table entry, where they take no keyword.
 _SAME: dict[Any, str] = {
@@ -83,12 +83,6 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
     "unsqueeze": ("input", "dim"),
     "addmm": ("input", "mat1", "mat2"),
 }
-
-#: Where an activation's ``inplace`` stands; it is a keyword in a canonical graph, and only if true.
-_INPLACE_AT = {
-    "relu": 1, "silu": 1, "mish": 1, "hardswish": 1, "relu6": 1, "hardsigmoid": 1,
-    "elu": 2, "leaky_relu": 2, "hardtanh": 3, "dropout": 3,
-}  # fmt: skip
 
 _SOFTMAX = ("softmax", "log_softmax")
 
@@ -179,8 +173,8 @@ def arrange(node: fx.Node) -> None:
     name = operator_name(node.target) if node.op == "call_function" else None
     if name in _SHAPED and len(node.args) > 2:
         node.args = (node.args[0], tuple(node.args[1:]))
-    if name in _INPLACE_AT:
-        _arrange_inplace(node, _INPLACE_AT[name])
+    if name in INPLACE_AT:
+        _arrange_inplace(node, INPLACE_AT[name])
     names = _SIGNATURES.get(name or "")
     if names is None or not node.kwargs:
         return

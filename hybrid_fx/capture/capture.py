@@ -31,7 +31,6 @@ class Captured:
 
     Attributes:
         graph: Placeholders are bound, see :mod:`hybrid_fx.passes.graph`; the output is the logits.
-        module: An fx module over ``graph``'s original, for running it as it was captured.
         training: The training flag it was captured under.
     """
 
@@ -50,6 +49,24 @@ def _refuse(model: nn.Module) -> None:
         raise CaptureError(f"{type(model).__name__} is an encoder-decoder model")
     if getattr(config, "attention_chunk_size", None):
         raise CaptureError("chunked attention reaches only the mask, which capture leaves out")
+    for path, module in model.named_modules():
+        where = path or "the model"
+        if any(map(_moves_weights, _loading_hooks(module))):
+            raise CaptureError(f"{where} is offloaded (accelerate loads its weights at each call)")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CaptureError(f"{name} is on the meta device; it holds no values")
+
+
+def _moves_weights(hook: object) -> bool:
+    moves = getattr(hook, "offload", False) or getattr(hook, "offload_buffers", False)
+    return moves or type(hook).__name__ in ("CpuOffload", "LayerwiseCastingHook")
+
+
+def _loading_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """accelerate's hooks of one module; it puts several into one with ``hooks``."""
+    hook = getattr(module, "_hf_hook", None)
+    return (hook, *getattr(hook, "hooks", ()))
 
 
 def capture(model: nn.Module, *, training: bool = False) -> Captured:
@@ -67,11 +84,8 @@ def capture(model: nn.Module, *, training: bool = False) -> Captured:
         torch._dynamo.mark_dynamic(value, 1)
     flags = {module: module.training for module in model.modules()}
     try:
-        if not training:
-            model.eval()
-        else:
-            for module in flags:
-                module.training = True
+        for module in flags:
+            module.training = training
         with torch.set_grad_enabled(training), canonical_attention(model):
             with traceable_adapters(model):
                 traced = trace(_logits, model, ids, positions)
@@ -156,6 +170,11 @@ def _place(node: fx.Node, paths: Mapping[int, str]) -> None:
 def _single_output(graph: fx.Graph) -> None:
     output = next(node for node in graph.nodes if node.op == "output")
     results = output.args[0]
+    if isinstance(results, tuple | list) and len(results) > 1:
+        raise CaptureError(
+            f"the forward keeps {len(results) - 1} tensors beside the logits (a hook or a module "
+            "stores them in Python); remove what stores them to run from graphs"
+        )
     logits = results[0] if isinstance(results, tuple | list) else results
     if not isinstance(logits, fx.Node):
         raise CaptureError("the forward returned no logits")

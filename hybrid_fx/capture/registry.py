@@ -20,6 +20,9 @@ from ..errors import CaptureError
 
 _NAME = "hybrid_fx_capture"
 
+#: What attention functions may be given that changes what they compute, and the op does not carry.
+_UNKNOWN = ("position_bias", "head_mask", "layer_head_mask", "indices", "block_indices", "sinks")
+
 
 def _attention(
     module: nn.Module,
@@ -33,8 +36,11 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
+    for name in _UNKNOWN:
+        if options.get(name) is not None:
+            raise CaptureError(f"{type(module).__name__} gives its attention {name}")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is not None or not causal:
         raise CaptureError(
@@ -54,6 +60,17 @@ def _mask(*_: Any, **options: Any) -> None:
     return None
 
 
+def _refuse_own_attention(name: str | None) -> None:
+    """An implementation that the user registered computes what the canonical op may not."""
+    function = ALL_ATTENTION_FUNCTIONS.get(name, None) if name else None
+    owner = getattr(function, "__module__", None) or ""
+    if function is not None and owner.partition(".")[0] != "transformers":
+        raise CaptureError(
+            f"attention implementation {name!r} is not of transformers; set_attn_implementation"
+            "('sdpa') runs it from graphs"
+        )
+
+
 def _configs(model: nn.Module) -> list[Any]:
     """Every config object of the model and its submodules that names an implementation."""
     found: dict[int, Any] = {}
@@ -69,9 +86,11 @@ def canonical_attention(model: nn.Module) -> Iterator[None]:
     """Let ``model`` call the canonical attention op inside the ``with`` block."""
     configs = _configs(model)
     before = [config._attn_implementation_internal for config in configs]
-    ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _attention
-    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _mask
+    for name in before:
+        _refuse_own_attention(name)
     try:
+        ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _attention
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _mask
         for config in configs:
             config._attn_implementation_internal = _NAME
         yield
