@@ -1,0 +1,196 @@
+"""Prepared tensors belong to one weight version: whole, or not in use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import adapted, prompt, randomize_adapters, reweigh, tiny
+
+import hybrid_fx
+from hybrid_fx.plan.plan import Prepared
+from hybrid_fx.runtime.prepared import PreparedTensors
+
+
+def wanted(count, owns=True):
+    return tuple(
+        Prepared(name=f"t{i}", recipe="", shape=(2, 3), dtype="float32", owns_memory=owns)
+        for i in range(count)
+    )
+
+
+def filled(held, values):
+    held.begin()
+    for index, value in enumerate(values):
+        held.store(index, value)
+    held.finish()
+    return held.tensors
+
+
+def test_memory_is_refilled_from_version_to_version():
+    held = PreparedTensors(wanted(2))
+    first = [t.data_ptr() for t in filled(held, [torch.ones(2, 3), torch.zeros(2, 3)])]
+    new = [torch.full((2, 3), 5.0), torch.full((2, 3), 6.0)]
+    again = filled(held, new)
+    assert [t.data_ptr() for t in again] == first
+    assert all(map(torch.equal, again, new))
+    assert held.nbytes == 2 * 6 * 4
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.ones(3, 2), torch.ones(2, 3, dtype=torch.float64), torch.ones(3, 2).t()],
+    ids=["shape", "dtype", "stride"],
+)
+def test_memory_that_does_not_fit_is_replaced(other):
+    held = PreparedTensors(wanted(1))
+    first = filled(held, [torch.zeros(2, 3)])[0]
+    assert filled(held, [other])[0] is not first
+    assert torch.equal(held.tensors[0], other)
+    assert first.eq(0).all()
+
+
+def test_weights_are_taken_as_they_are_and_never_written():
+    held = PreparedTensors(wanted(1, owns=False))
+    weights = [torch.nn.Parameter(torch.full((2, 3), float(i))) for i in range(2)]
+    for index, weight in enumerate(weights):
+        (tensor,) = filled(held, [weight])
+        assert tensor.data_ptr() == weight.data_ptr() and not tensor.requires_grad
+        assert weight.eq(index).all() and weight._version == 0
+    assert held.nbytes == 0
+
+
+def test_a_version_that_is_not_whole_cannot_be_used():
+    held = PreparedTensors(wanted(2))
+    filled(held, [torch.ones(2, 3), torch.ones(2, 3)])
+    held.begin()
+    held.store(1, torch.zeros(2, 3))
+    assert held.tensors == []
+    with pytest.raises(RuntimeError, match="left out t0"):
+        held.finish()
+    assert held.tensors == []
+
+
+def test_release_gives_all_memory_back():
+    held = PreparedTensors(wanted(1))
+    filled(held, [torch.ones(2, 3)])
+    held.release()
+    assert held.tensors == [] and held.nbytes == 0
+
+
+CALL = {**prompt((5, 3)), "max_new_tokens": 6, "do_sample": False}
+
+
+def interrupted(engine, monkeypatch, error):
+    """Generate once, with ``error`` after the third tensor of prepare was stored."""
+    held = engine._graphs.runner.prepared
+    real, stored = held.store, []
+
+    def store(index, value):
+        if len(stored) == 3:
+            raise error
+        stored.append(index)
+        real(index, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(held, "store", store)
+        with pytest.raises(type(error)):
+            engine.generate(**CALL)
+    assert len(stored) == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), MemoryError()])
+def test_after_a_prepare_that_was_cut_short_the_next_generate_prepares_again(monkeypatch, error):
+    model = tiny("llama")
+    engine = hybrid_fx.hybridize(model)
+    engine.generate(**CALL)
+    reweigh(model, seed=5)
+    interrupted(engine, monkeypatch, error)
+    assert engine._graphs.runner.prepared.tensors == []
+    for _ in range(2):  # the weights as they are, then the weights of before
+        expected = engine._plain_generate(**CALL)
+        assert torch.equal(engine.generate(**CALL), expected)
+        reweigh(model, seed=0)
+    assert engine.stats.counters["prepares"] == 3
+    assert engine.stats.counters["hf_forwards"] == 0 and engine.stats.fallbacks == {}
+
+
+def test_a_first_use_that_was_cut_short_is_proven_again(monkeypatch):
+    from hybrid_fx.engine import graphs
+
+    engine = hybrid_fx.hybridize(tiny("llama"))
+    expected = engine._plain_generate(**CALL)
+    real, probed = graphs.probe, []
+
+    def probe(*args):
+        probed.append(args)
+        if len(probed) == 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(graphs, "probe", probe)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(**CALL)
+    assert torch.equal(engine.generate(**CALL), expected)
+    engine.generate(**CALL)
+    assert len(probed) == 2
+
+
+def test_a_capture_that_was_cut_short_is_begun_again(monkeypatch):
+    from hybrid_fx.engine import graphs
+
+    engine = hybrid_fx.hybridize(tiny("llama"), disk_cache=False)
+    expected = engine._plain_generate(**CALL)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "capture", stop)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(**CALL)
+    assert torch.equal(engine.generate(**CALL), expected)
+    assert engine.stats.fallbacks == {} and engine.stats.counters["hf_forwards"] == 0
+
+
+def test_a_choice_of_side_that_was_cut_short_is_made_again(monkeypatch):
+    from hybrid_fx.engine import graphs
+
+    model = adapted(tiny("llama"))
+    model.to(torch.bfloat16)
+    engine = hybrid_fx.hybridize(model, disk_cache=False)
+    engine.generate(**CALL)
+    assert {row.choice for row in engine.explain().lora} == {"fold"}
+    randomize_adapters(model, 3, 1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "build_plan", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            engine.generate(**CALL)
+    engine.generate(**CALL)
+    assert {row.choice for row in engine.explain().lora} == {"side"}
+    assert engine.stats.fallbacks == {}
+
+
+def test_memory_is_kept_over_switches_and_given_back_where_asked():
+    for release in (False, True):
+        model = tiny("llama")
+        engine = hybrid_fx.hybridize(model, release_inference_cache=release)
+        addresses = []
+        for seed in range(3):
+            engine.eval()
+            engine.generate(**CALL)
+            graphs = engine._graphs
+            addresses.append([t.data_ptr() for t in graphs.runner.workspace.keys])
+            addresses[-1] += [t.data_ptr() for t in graphs.runner.prepared.tensors]
+            said = engine.explain() if not release else None
+            if said is not None:
+                keys = graphs.runner.workspace
+                held = {t.untyped_storage().data_ptr(): t for t in (*keys.keys, *keys.values)}
+                real = sum(t.untyped_storage().nbytes() for t in held.values())
+                assert said.kv_bytes == real == engine.stats.kv_bytes > 0
+            engine.train()
+            reweigh(model, seed)
+        if release:
+            assert graphs.runner.workspace.nbytes == graphs.runner.prepared.nbytes == 0
+        else:
+            assert addresses[0] == addresses[1] == addresses[2] != []
+        assert engine.stats.counters["captures"] <= 1

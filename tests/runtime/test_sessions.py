@@ -1,0 +1,202 @@
+"""Sessions of a real plan: rows grow, move, leave and are padded; the logits stay the same.
+
+Legend: B batch, T tokens, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import VOCAB, tiny
+
+import hybrid_fx
+from hybrid_fx.errors import EngineClosedError
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 products of other shapes sum in another order
+
+
+@pytest.fixture(scope="module")
+def runners():
+    """A prepared runner for each kind of attention; the engines keep them alive."""
+    engines = [hybrid_fx.hybridize(tiny(kind)) for kind in ("llama", "mistral")]
+    return {e.module.config.model_type: e._graphs.ready() for e in engines}, engines
+
+
+@pytest.fixture(params=["llama", "mistral"])
+def runner(runners, request):
+    return runners[0][request.param]
+
+
+def random_ids(batch, length, seed=0):
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def positions_of(batch, first, length):
+    return torch.arange(first, first + length).expand(batch, length)
+
+
+def feed(session, ids, widths, keep_all=True):
+    """Columns in pieces of these widths; logits [B, T, V] of all of them."""
+    parts, at = [], session.length
+    start = at
+    for width in widths:
+        piece = ids[:, at - start : at - start + width]
+        positions = positions_of(len(ids), at, width)
+        parts.append(session.forward(piece, positions, keep=width))
+        at += width
+    return torch.cat(parts, 1)
+
+
+def once(runner, ids, valid=None, positions=None):
+    """All columns in one call."""
+    batch, length = ids.shape
+    session = runner.session(batch=batch, capacity=length)
+    try:
+        at = positions_of(batch, 0, length) if positions is None else positions
+        return session.forward(ids, at, valid, keep=length)
+    finally:
+        session.close()
+
+
+@given(
+    widths=st.lists(st.integers(1, 4), min_size=1, max_size=8),
+    capacity=st.integers(1, 12),
+    batch=st.integers(1, 3),
+)
+@settings(max_examples=15)
+def test_a_session_that_grows_step_by_step_says_what_one_call_says(runners, widths, capacity, batch):
+    for runner in runners[0].values():
+        ids = random_ids(batch, sum(widths))
+        runner.workspace.release()
+        session = runner.session(batch=batch, capacity=capacity)
+        try:
+            logits = feed(session, ids, widths)
+            assert session.length == sum(widths)
+        finally:
+            session.close()
+        torch.testing.assert_close(logits, once(runner, ids), **CLOSE)
+
+
+def test_growth_stops_at_the_models_positions_and_goes_on_where_it_must(runner):
+    runner.workspace.release()
+    session = runner.session(batch=1, capacity=120)
+    feed(session, random_ids(1, 121), [120, 1])
+    assert runner.workspace.pitch == 128  # not half as much again
+    session.close()
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1, 1], [1], [1, 1], [0, 1, 0]])
+def test_rows_are_reordered_repeated_added_and_dropped(runner, rows):
+    ids, more = random_ids(2, 6), random_ids(len(rows), 3, seed=1)
+    session = runner.session(batch=2, capacity=6)
+    feed(session, ids, [6])
+    session.reorder(torch.tensor(rows))
+    assert session.batch == len(rows)
+    logits = feed(session, more, [1, 1, 1])
+    session.close()
+    whole = once(runner, torch.cat((ids[rows], more), 1))
+    torch.testing.assert_close(logits, whole[:, 6:], **CLOSE)
+
+
+def test_columns_are_cropped_and_others_follow(runner):
+    ids, more = random_ids(2, 7), random_ids(2, 4, seed=1)
+    session = runner.session(batch=2, capacity=8)
+    feed(session, ids, [5, 1, 1])
+    session.crop(4)
+    assert session.length == 4
+    logits = feed(session, more, [2, 1, 1])
+    session.close()
+    torch.testing.assert_close(logits, once(runner, torch.cat((ids[:, :4], more), 1))[:, 4:], **CLOSE)
+
+
+@pytest.mark.parametrize("pads", [1, 5, 9])
+def test_a_padded_row_says_what_the_row_says_alone(runner, pads):
+    alone, other = random_ids(1, 6), random_ids(1, 6 + pads, seed=2)
+    ids = torch.cat((torch.cat((torch.zeros(1, pads, dtype=torch.long), alone), 1), other))
+    valid = torch.ones(2, 6 + pads, dtype=torch.bool)
+    valid[0, :pads] = False
+    positions = (valid.long().cumsum(1) - 1).clamp_min(0)
+    session = runner.session(batch=2, capacity=2)
+    width = pads + 3
+    parts = [session.forward(ids[:, :width], positions[:, :width], valid[:, :width], keep=width)]
+    for at in range(width, 6 + pads):  # nothing is said of later columns: they are valid
+        parts.append(session.forward(ids[:, at : at + 1], positions[:, at : at + 1]))
+    session.reorder(torch.tensor([1, 0]))
+    last = session.forward(random_ids(2, 1, seed=3), positions[[1, 0], -1:] + 1)
+    session.close()
+    logits = torch.cat(parts, 1)
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[:1, pads:], once(runner, alone), **CLOSE)
+    torch.testing.assert_close(logits[1:], once(runner, other), **CLOSE)
+    longer = torch.cat((alone, random_ids(2, 1, seed=3)[1:]), 1)
+    torch.testing.assert_close(last[1:], once(runner, longer)[:, -1:], **CLOSE)
+
+
+def test_columns_that_are_padding_in_every_row_change_nothing(runner):
+    ids = torch.cat((torch.zeros(2, 4, dtype=torch.long), random_ids(2, 5)), 1)
+    valid = torch.arange(9).expand(2, 9) >= 4
+    positions = (torch.arange(9) - 4).clamp_min(0).expand(2, 9)
+    session = runner.session(batch=2, capacity=9)
+    empty = session.forward(ids[:, :4], positions[:, :4], valid[:, :4], keep=4)
+    one_more = session.forward(ids[:, :1], positions[:, :1], valid[:, :1])  # decode, all padding
+    session.crop(4)
+    logits = session.forward(ids[:, 4:], positions[:, 4:], keep=5)
+    session.close()
+    assert empty.isfinite().all() and one_more.isfinite().all()
+    torch.testing.assert_close(logits, once(runner, ids[:, 4:]), **CLOSE)
+
+
+def test_memory_left_over_from_other_rows_never_shows(runner):
+    ids = random_ids(2, 6)
+    wanted = once(runner, ids)
+    session = runner.session(batch=4, capacity=20)
+    session.close()
+    for memory in (*runner.workspace.keys, *runner.workspace.values):
+        memory.fill_(float("nan"))
+    session = runner.session(batch=2, capacity=4)
+    logits = feed(session, ids, [3, 1, 1, 1])
+    session.close()
+    torch.testing.assert_close(logits, wanted, **CLOSE)
+
+
+def test_memory_is_kept_from_session_to_session_and_counted_exactly(runner):
+    runner.workspace.release()
+    assert runner.workspace.nbytes == 0
+    runner.session(batch=3, capacity=10).close()
+    held = [t.untyped_storage().data_ptr() for t in runner.workspace.keys]
+    layers, kv_heads, head_size, four_bytes = 2, 2, 8, 4
+    assert runner.workspace.nbytes == 2 * layers * 3 * 10 * kv_heads * head_size * four_bytes
+    runner.session(batch=2, capacity=15).close()  # another layout of the same memory
+    assert [t.untyped_storage().data_ptr() for t in runner.workspace.keys] == held
+    runner.session(batch=2, capacity=16).close()
+    assert runner.workspace.nbytes == 2 * layers * 32 * kv_heads * head_size * four_bytes
+
+
+def test_an_allocation_that_fails_leaves_a_workspace_that_works(runner, monkeypatch):
+    ids = random_ids(2, 6)
+    wanted = once(runner, ids)
+    runner.workspace.release()
+    real, calls = torch.zeros, []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError("no more")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", fails)
+    with pytest.raises(MemoryError):
+        runner.session(batch=2, capacity=12)
+    monkeypatch.undo()
+    torch.testing.assert_close(once(runner, ids), wanted)
+
+
+def test_one_session_at_a_time_and_a_closed_one_frees_the_runner(runner):
+    session = runner.session(batch=1, capacity=2)
+    with pytest.raises(EngineClosedError, match="another generate"):
+        runner.session(batch=1, capacity=2)
+    session.close()
+    session.close()
+    runner.session(batch=1, capacity=2).close()
