@@ -189,14 +189,15 @@ def attend_one(
     batch, heads, _, size = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, size)
-    scores = torch.matmul(grouped, keys.transpose(2, 3)).float() * scale
+    scores = torch.matmul(grouped, keys.transpose(2, 3))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if key_valid is not None:
         # Not -inf: a padding query with padding alone before it would be NaN, and stay in memory.
         scores = scores.masked_fill(~key_valid[:, None, None, :], torch.finfo(scores.dtype).min)
     if sinks is not None:
-        extra = sinks.float().reshape(1, kv_heads, -1, 1).expand(batch, -1, -1, 1)
+        extra = sinks.to(scores.dtype).reshape(1, kv_heads, -1, 1).expand(batch, -1, -1, 1)
         weights = torch.softmax(torch.cat((scores, extra), -1), -1)[..., :-1]
     else:
         weights = torch.softmax(scores, -1)

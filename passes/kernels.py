@@ -89,6 +89,8 @@ def concat_rows(*weights: Tensor) -> Tensor:
 def fold_lora(weight: Tensor, *deltas: Any) -> Tensor:
     """``W + sum(scale * B @ A)`` in float32, rounded once to W's dtype (Hu et al. 2021).
 
+    Weights in float64 are folded in float64.
+
     Args:
         weight: [out, in].
         deltas: A [R, in], B [out, R], scale, repeated once for each active adapter.
@@ -97,9 +99,9 @@ def fold_lora(weight: Tensor, *deltas: Any) -> Tensor:
 
 
 def _folded(weight: Tensor, deltas: tuple[Any, ...]) -> Tensor:
-    total = weight.float()
+    total = wide(weight)
     for a, b, scale in zip(deltas[::3], deltas[1::3], deltas[2::3], strict=True):
-        total = torch.addmm(total, b.float(), a.float(), alpha=scale)
+        total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scale)
     return total
 
 
@@ -109,24 +111,24 @@ def fold_dora(weight: Tensor, magnitude: Tensor, a: Tensor, b: Tensor, scale: fl
     Args:
         weight: [out, in]; magnitude: [1, out]; a: [R, in]; b: [out, R].
     """
-    total = _folded(weight, (a, b, scale)) * magnitude.float().reshape(-1, 1)
-    return total.to(weight.dtype)
+    total = _folded(weight, (a, b, scale))
+    return (total * magnitude.to(total.dtype).reshape(-1, 1)).to(weight.dtype)
 
 
 def fold_error(weight: Tensor, folded: Tensor) -> Tensor:
     """How much of a fold rounding takes away: ``|rounded - exact| / |exact - W|``, a scalar.
 
-    ``folded`` is the exact sum in float32. This is the relative error of the adapter's output
-    for inputs without a preferred direction. No change at all has error 0.
+    ``folded`` is the exact sum, of the dtype of :func:`wide`. This is the relative error of the
+    adapter's output for inputs without a preferred direction. No change at all has error 0.
     """
-    change = torch.linalg.vector_norm(folded - weight.float())
-    lost = torch.linalg.vector_norm(folded.to(weight.dtype).float() - folded)
+    change = torch.linalg.vector_norm(folded - weight)
+    lost = torch.linalg.vector_norm(folded.to(weight.dtype) - folded)
     return torch.where(change > 0, lost / change, torch.zeros_like(lost))
 
 
 def wide(weight: Tensor) -> Tensor:
-    """The weight in float32, for sums that are not to be rounded."""
-    return weight.float()
+    """The weight in float32 (or float64, where it is), for sums that are not to be rounded."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def last_tokens(x: Tensor, keep: int) -> Tensor:

@@ -87,13 +87,19 @@ def reweigh(model: nn.Module, seed: int) -> None:
 
 
 def adapted(model: nn.Module, seed: int = 7, **options: Any) -> Any:
-    """``model`` under a LoRA adapter of rank 4 whose factors are all random, in eval."""
+    """``model`` under a LoRA adapter of rank 4 whose factors are all random, in eval.
+
+    PEFT keeps factors in float32 over bfloat16 weights; ``autocast_adapter_dtype=False`` does not.
+    """
     import peft
+
+    autocast = options.pop("autocast_adapter_dtype", True)
 
     given = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1, **options}
     if type(model).__name__.startswith("GPT2"):
         given.setdefault("fan_in_fan_out", True)
-    peft_model = peft.get_peft_model(model, peft.LoraConfig(**given))
+    config = peft.LoraConfig(**given)
+    peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast)
     randomize_adapters(peft_model, seed)
     return peft_model.eval()
 
