@@ -73,7 +73,7 @@ def build_explanation(
         total=len(layers),
         weight_bytes=sum(t.untyped_storage().nbytes() for t in weights.values()),
         prepared_bytes=0 if runner is None else runner.prepared.nbytes,
-        prepare_peak_bytes=0 if runner is None else runner.prepare_peak_bytes,
+        prepare_peak_bytes=graphs.prepare_peak_bytes,
         kv_bytes=0 if runner is None else runner.workspace.nbytes,
         lora=_lora(config, graphs) + _other_adapters(model),
         fallbacks=dict(stats.fallbacks),

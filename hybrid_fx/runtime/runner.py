@@ -60,10 +60,11 @@ class PlanRunner:
 
     @property
     def prepare_peak_bytes(self) -> int:
-        """An upper bound of what a first prepare allocates: all it keeps, and one layer twice.
+        """An upper bound of what a prepare holds at once: all it keeps, and one layer twice.
 
         While a layer is prepared, folded weights stand beside what is stacked of them, and a fold
-        holds its weight in float32 twice.
+        holds its weight in float32 twice. From the second time on, all it keeps stands beside the
+        layer that is made anew.
         """
         kept: dict[str, int] = {}
         folded = 0
@@ -76,6 +77,17 @@ class PlanRunner:
                 if "fold_" in tensor.recipe:
                     folded = max(folded, 8 * count)
         return sum(kept.values()) + max(kept.values(), default=0) + folded
+
+    @property
+    def measure_peak_bytes(self) -> int:
+        """An upper bound of what :meth:`measure` holds: one weight, four times in float32."""
+        sites = [f".{site}." for site in self.plan.manifest.lora]
+        counts = (
+            math.prod(weight.shape)
+            for weight in self.plan.manifest.weights
+            if any(site in weight.name for site in sites)
+        )
+        return 16 * max(counts, default=0)
 
     def _weights(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [tensors[weight.name] for weight in self.plan.manifest.weights]
