@@ -269,6 +269,14 @@ class ModelGraphs:
         finally:
             self.runner.workspace.release()
 
+    @property
+    def prepare_peak_bytes(self) -> int:
+        """An upper bound of the bytes a prepare holds at once, the choice of LoRA included."""
+        if self.runner is None or self._folding is None:
+            return 0
+        measuring = self.runner.prepared.nbytes + self._folding.measure_peak_bytes
+        return max(self.runner.prepare_peak_bytes, measuring if self.errors else 0)
+
     def release(self) -> None:
         """Give all inference memory back; the next use prepares again."""
         for runner in (self.runner, self._folding):
