@@ -28,12 +28,16 @@ _IGNORED = (
     "_check_is_size",
     "sym_constrain_range",
     "_assert_tensor_metadata",
+    "set_inplace_requires_grad_allowed",
 )
 
 
 def _drop_scope(node: fx.Node) -> bool:
     """Scopes and checks that leave the values alone: autocast switched off, grad mode, asserts."""
     text = getattr(node.target, "__name__", str(node.target))
+    if text == "requires_grad_":  # left by enable_input_require_grads(); without effect in eval
+        node.replace_all_uses_with(node.args[0])
+        return True
     if text == "_enter_autocast" and len(node.args) > 2 and node.args[2] is False:
         leave = next((u for u in node.users if "_exit_autocast" in str(u.target)), None)
         if leave is not None:
@@ -146,7 +150,7 @@ def canonicalize(graph: fx.Graph, context: Context) -> PassResult:
     count = 0
     for node in list(graph.nodes):
         before = (node.op, node.target)
-        if node.op == "call_function" and _drop_scope(node):
+        if node.op in ("call_function", "call_method") and _drop_scope(node):
             graph.erase_node(node)
             count += 1
             continue

@@ -26,6 +26,7 @@ from ..passes.operators import OPERATORS
 from ..plan.build import build_plan, normalize
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
+from ..runtime.lowering import by_inductor
 from ..runtime.probe import Verdict, probe
 from .proof import by_graph, by_module, telling
 from .stats import Stats
@@ -83,6 +84,15 @@ class ModelGraphs:
         Raises:
             StrictError: under ``strict=True``, where a layer or the model is not rewritten.
         """
+        # A caller's autocast must enter neither the graphs nor what is prepared from the weights.
+        with torch.no_grad(), torch.autocast(self._device().type, enabled=False):
+            self._follow()
+        if reason := self.failure or self._unmatched:
+            self._refuse_if_strict(reason)
+        return self.runner
+
+    def _follow(self) -> None:
+        """Bring plan and prepared tensors up to the model as it stands."""
         stamp = structure_stamp(self._model)
         if stamp != self._stamp:
             self._stamp = None  # until all of it went well
@@ -92,9 +102,6 @@ class ModelGraphs:
         if not self.failure and version != self._prepared_version:
             self._prepare()
             self._prepared_version = version
-        if reason := self.failure or self._unmatched:
-            self._refuse_if_strict(reason)
-        return self.runner
 
     def _refuse_if_strict(self, reason: str) -> None:
         if self._config.strict:
@@ -177,13 +184,10 @@ class ModelGraphs:
         return int(table.weight.shape[0])
 
     def _make_runner(self, plan: Plan) -> PlanRunner:
-        lower = None
-        if self._config.graph == "inductor":
-            lower = torch.compile
         return PlanRunner(
             plan,
             device=self._device(),
-            lower=lower,
+            lower=by_inductor if self._config.graph == "inductor" else None,
             limit=self._limit(),
             max_out_tokens=self._config.max_out_tokens,
             timer=self._stats.timer,
