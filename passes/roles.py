@@ -78,7 +78,7 @@ def find_role(graph: fx.Graph, role: Role, layer: str) -> list[Match] | NoMatch:
         result = match(role.pattern, node)
         if isinstance(result, Match):
             found.append(result)
-        elif failure is None or result.depth > failure.depth:
+        elif failure is None or result.depth >= failure.depth:  # of equals the last: a root ends
             failure = result
     if len(found) >= role.count:
         return found

@@ -6,6 +6,7 @@ each one stands for is read from the arguments of the first call, not from its n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType, FunctionType
@@ -48,6 +49,17 @@ def _own_code(function: FunctionType) -> FunctionType:
     return copy
 
 
+def _reason(error: Exception) -> str:
+    """What Dynamo says in short: the exception that the traced code raised, else its first line."""
+    words = str(error).strip()
+    context = re.search(r"Developer debug context: (.+)", words)
+    raised = context and re.match(r"raised exception \w+\((['\"])(.*)\1\)", context[1])
+    if raised:
+        return raised[2]
+    first = words.splitlines()[0] if words else type(error).__name__
+    return f"{first}: {context[1][:200]}" if context else first
+
+
 def trace(function: Callable[..., Any], *args: Any) -> Trace:
     """Trace ``function(*args)`` without running it.
 
@@ -72,6 +84,7 @@ def trace(function: Callable[..., Any], *args: Any) -> Trace:
     except _Stop:
         return traces[0]
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"the forward could not be traced as one graph: {first}") from error
+        raise CaptureError(
+            f"the forward could not be traced as one graph: {_reason(error)}"
+        ) from error
     raise CaptureError("the forward runs no tensor operation; nothing was traced")

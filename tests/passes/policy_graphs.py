@@ -1,0 +1,77 @@
+"""Canonical graphs of tiny decoders, captured once, and the plan passes run on copies of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from tiny_models import adapted, tiny
+from torch import Tensor, fx, nn
+
+from hybrid_fx.capture import capture
+from hybrid_fx.passes.layers import layer_paths
+from hybrid_fx.passes.pipeline import OPTIONAL, copy_graph
+from hybrid_fx.passes.policies import POLICIES
+from hybrid_fx.passes.rewrite import Context, run_passes
+from hybrid_fx.passes.roles import match_layer
+from hybrid_fx.plan.build import normalize
+
+
+@functools.cache
+def _captured(kind: str, lora: str) -> tuple[Any, fx.Graph]:
+    model = tiny(kind)
+    if lora:
+        model = adapted(model, use_dora=lora == "dora", use_rslora=lora == "rs")
+    return model, normalize(capture(model).graph)
+
+
+def canonical(kind: str, lora: str = "") -> fx.Graph:
+    """The canonical graph of a tiny decoder, a copy of the caller's own."""
+    return copy_graph(_captured(kind, lora)[1])
+
+
+def model_of(kind: str, lora: str = "") -> Any:
+    return _captured(kind, lora)[0]
+
+
+def layers_of(graph: fx.Graph, **options: Any) -> Context:
+    """What passes are told about a canonical graph."""
+    layers = {path: match_layer(graph, path, POLICIES) for path in layer_paths(graph)}
+    return Context(layers=layers, **options)
+
+
+def through(graph: fx.Graph, *names: str, told: Context | None = None) -> list[int]:
+    """Run the optional passes of these names, in the order of the pipeline; their counts."""
+    passes = tuple((name, function) for name, function in OPTIONAL if name in names)
+    records = run_passes(graph, passes, told or layers_of(graph))
+    return [record.result.count for record in records]
+
+
+def doubles(model: nn.Module) -> dict[str, Tensor]:
+    """The weights in float64: the reference that two spellings are held against."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach().double() for name, tensor in named.items()}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def logits(graph: fx.Graph, given: dict[str, Tensor], rows: int = 2, length: int = 7) -> Tensor:
+    """The logits of a graph that stands on weights, ids and positions."""
+    rng = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 60, (rows, length), generator=rng)
+    at = torch.arange(length).expand(rows, length).contiguous()
+    inputs = {"input_ids": ids, "position_ids": at}
+    arguments = [
+        inputs[node.meta["input"]] if "input" in node.meta else given[node.meta["weight"]]
+        for node in graph.nodes
+        if node.op == "placeholder"
+    ]
+    with torch.no_grad():
+        result: Tensor = fx.Interpreter(fx.GraphModule({}, graph)).run(*arguments)
+    return result
