@@ -19,8 +19,12 @@ from hybrid_fx.engine.versions import WeightTracker
 def plan_runner(model: Any) -> Any:
     """The real runtime: the graphs of a plan, ready before any test counts or patches."""
     tracker, stats = WeightTracker(model), Stats()
-    runner = ModelGraphs(model, HybridConfig(), stats, tracker).ready()
+    graphs = ModelGraphs(model, HybridConfig(), stats, tracker)
+    runner = graphs.ready()
     tracker.close()
+    if runner is None:
+        assert "inv_freq" in graphs.failure, graphs.failure
+        pytest.skip("long rope keeps its frequencies outside of the buffers: no plan to run")
     return runner
 
 
