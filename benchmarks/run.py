@@ -149,7 +149,7 @@ def passes(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     twin = copy.deepcopy(model)
     options = {"graph": args.graph, "disk_cache": False, "fusions": "all"}
     ours = hybrid_fx.hybridize(model, **options)
-    for name in PASSES:
+    for name in args.passes:
         engine = hybrid_fx.hybridize(twin, **options, disable_passes=(name,))
         for batch in args.batch:
             on, *a_steps = steps(ours, args, batch)
@@ -192,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--save", action="store_true")
