@@ -78,7 +78,7 @@ def _foldable(
     nodes = (*end.nodes, *(node for step in found for node in step.nodes))
     whole = Match(root, {}, (*nodes, root))
     for step in found:
-        if step["x"] is not end["x"]:
+        if step["x"] is not end["x"] and end["x"] not in step.nodes:
             return NoMatch(step.root.name, f"a branch on {end['x'].name}", step["x"].name)
         for name in ("a", "b"):
             if step[name] not in fixed:

@@ -6,7 +6,7 @@ A pattern is built of five pieces::
     Any("x")                                       any value; a name binds it
     Const("eps", float)                            a plain value of a type
     Either(P, Q)                                   the first that fits
-    Opt("to", P)                                   P, or a one-argument view of it: to(P, ...)
+    Opt("to", P)                                   P under a call, to(P, ...), or bare
 
 The same name binds the same value everywhere in one match. A failed match is a value too: falsy,
 with the node, what was expected and what stood there, taken from the attempt that got furthest.
@@ -103,7 +103,7 @@ class Either(Pattern):
 
 @dataclass(frozen=True)
 class Opt(Pattern):
-    """``inner``, bare or as the first argument of ``operator``."""
+    """``inner`` as the first argument of ``operator``, or bare."""
 
     operator: str
     inner: Pattern
@@ -216,10 +216,10 @@ def _try(
             yield from _try(option, value, bound, nodes, search, at)
         return
     if isinstance(pattern, Opt):
-        yield from _try(pattern.inner, value, bound, nodes, search, at)
         if name_of(value) == pattern.operator:
             inner = value.args[0]
             yield from _try(pattern.inner, inner, bound, (*nodes, value), search, value.name)
+        yield from _try(pattern.inner, value, bound, nodes, search, at)
         return
     if isinstance(pattern, Call):
         yield from _try_call(pattern, value, bound, nodes, search, at)

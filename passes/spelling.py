@@ -175,6 +175,8 @@ def arrange(node: fx.Node) -> None:
         node.args = (node.args[0], tuple(node.args[1:]))
     if name in INPLACE_AT:
         _arrange_inplace(node, INPLACE_AT[name])
+    if name == "gelu" and node.kwargs.get("approximate") == "none":
+        node.kwargs = {}
     names = _SIGNATURES.get(name or "")
     if names is None or not node.kwargs:
         return

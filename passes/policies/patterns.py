@@ -62,7 +62,7 @@ def activation(kind: str) -> Call:
     """The activation ``kind`` of the value ``a``."""
     if kind == "gelu_tanh":
         return GELU_TANH
-    return Call(kind, Any("a", node=True), more=kind == "gelu")
+    return Call(kind, Any("a", node=True))
 
 
 def plain_mlp(kind: str) -> Call:

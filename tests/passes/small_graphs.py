@@ -29,7 +29,9 @@ class Builder:
     def _placeholder(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, meta: Mapping[str, Any]
     ) -> fx.Node:
-        node = self.graph.placeholder(name.replace(".", "_"))
+        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(name.replace(".", "_"))
         with self._mode:
             node.meta |= {"path": "", "val": torch.empty(*shape, dtype=dtype), **meta}
         return node

@@ -91,6 +91,18 @@ def test_opt_matches_bare_and_wrapped() -> None:
     assert not match(pattern, build.call("exp", negative))
 
 
+def test_opt_looks_under_the_call_first() -> None:
+    build, x, _ = _two()
+    cast = build.call("to", x, torch.float64)
+    found = match(Opt("to", Any("a")), cast)
+    assert isinstance(found, Match)
+    assert found["a"] is x
+    both = Call("mul", Opt("to", Any("a")), Call("neg", Any("a")))
+    found = match(both, build.call("mul", cast, build.call("neg", cast)))
+    assert isinstance(found, Match)
+    assert found["a"] is cast, "and bare where that alone fits"
+
+
 def test_any_node_is_no_plain_value() -> None:
     build, x, _ = _two()
     assert match(Call("mul", Any(), Any()), build.call("mul", x, 2.0))
