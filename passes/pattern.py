@@ -14,6 +14,7 @@ with the node, what was expected and what stood there, taken from the attempt th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import permutations
@@ -24,11 +25,11 @@ from torch import fx
 from .graph import name_of, weight_name
 
 
-class Pattern:
+class Pattern(ABC):
     """Base of the pieces; ``describe`` is what a failed match prints as expected."""
 
-    def describe(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def describe(self) -> str: ...
 
 
 @dataclass(frozen=True)
