@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from ..errors import EngineClosedError
 from ..passes.layers import layer_of
 from ..passes.operators import OPERATORS
 from ..plan.plan import Plan, load_functions
+from .lowering import Lowering, is_weight
 from .prepared import Measured, PreparedTensors
 from .session import PlanSession, Timer
 from .workspace import Workspace
@@ -24,7 +24,7 @@ class PlanRunner:
     Args:
         plan: What to run; its sources are checked before they are executed.
         device: Where the model lives.
-        lower: Applied to each layer function, e.g. ``torch.compile``; ``None`` runs it as written.
+        lower: Applied to each layer function, see :mod:`.lowering`; ``None`` runs it as written.
         limit: The model's maximum positions, a bound for how far the workspace grows ahead.
         max_out_tokens: Positions a row to reserve at least.
         timer: Opens the spans in which sessions count prefill and decode.
@@ -35,7 +35,7 @@ class PlanRunner:
         plan: Plan,
         *,
         device: torch.device,
-        lower: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+        lower: Lowering | None = None,
         limit: int | None = None,
         max_out_tokens: int | None = None,
         timer: Timer,
@@ -49,6 +49,7 @@ class PlanRunner:
             stage: load_functions(source, OPERATORS, name=stage)
             for stage, source in plan.sources.items()
         }
+        self._lowered = lower is not None
         if lower is not None:
             for stage in ("prefill", "decode"):
                 for name, function in self._functions[stage].items():
@@ -98,6 +99,9 @@ class PlanRunner:
         with torch.no_grad():
             self._functions["prepare"]["prepare"](self._weights(tensors), self.prepared)
         self.prepared.finish()
+        if self._lowered:
+            for tensor in self.prepared.tensors:
+                is_weight(tensor)
 
     def measure(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         """The largest relative error a fold makes at each adapted place of the layers."""
@@ -131,7 +135,8 @@ class PlanRunner:
             self._functions["decode"]["decode"],
             self.prepared.tensors,
             batch=batch,
-            capacity=max(capacity, self._presize),
+            # A row that is never full keeps its stride apart from its length: one graph for both.
+            capacity=max(capacity, self._presize) + self._lowered,
             device=self.device,
             limit=self._limit,
             timer=timer or self._timer,

@@ -118,7 +118,8 @@ class PlanSession:
         else:
             with self._timer("prefill") as span:
                 logits = prefill(*inputs)
-                span.tokens += input_ids.numel()
+                padding = 0 if key_valid is None else int((~key_valid).sum())
+                span.tokens += input_ids.numel() - padding
         self.length = length
         return logits
 
