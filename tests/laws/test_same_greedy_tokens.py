@@ -51,21 +51,19 @@ def test_greedy_tokens_are_those_of_transformers(kind: str) -> None:
     assert engine.stats.counters["hf_forwards"] == 0
     assert not engine.stats.fallbacks
     report = engine.explain()
-    assert report.total == 2
-    if kind in FAMILIES:
-        assert report.matched == 2
+    assert report.matched == report.total == 2
     engine.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])
-def test_generating_runs_no_module_of_the_model(kind: str, sample: bool) -> None:
+def test_generating_runs_no_module_of_the_model(kind: str) -> None:
     model = tiny(kind)
-    call = prompt((4, 1, 6)) | {"max_new_tokens": 5, "do_sample": sample}
-    with hybrid_fx.hybridize(model, strict=kind in FAMILIES) as engine:
-        engine.generate(**call)  # captured here, or read from the disk and probed
+    call = prompt((4, 1, 6)) | {"max_new_tokens": 5}
+    with hybrid_fx.hybridize(model) as engine:
+        engine.generate(**call)  # captured here, or read from the disk and proven
         with module_forwards(model) as called:
             engine.generate(**call)
+            engine.generate(**call, do_sample=True)
             reweigh(model, 3)  # and where the weights changed
             engine.generate(**call)
         assert called == []
