@@ -61,14 +61,13 @@ def _pull_inputs_up(graph: fx.Graph, regions: Sequence[_Region]) -> list[_Region
         members = set(region.nodes)
         strays = [s for s in region.inputs if place[s] > place[first]]
         todo, movable = list(strays), []
-        sound = True
+        sound = not _order_matters(graph, region, written)
         while todo:
             node = todo.pop()
             if node in members or node.op == "placeholder":
                 sound = sound and node not in members
                 continue
             if place[node] > place[first] and node not in movable:
-                sound = sound and is_pure(node) and node not in written
                 movable.append(node)
                 todo += node.all_input_nodes
         if sound:
@@ -76,6 +75,18 @@ def _pull_inputs_up(graph: fx.Graph, regions: Sequence[_Region]) -> list[_Region
                 first.prepend(node)
             kept.append(region)
     return kept
+
+
+def _order_matters(graph: fx.Graph, region: _Region, written: set[fx.Node]) -> bool:
+    """Whether a call that stands among a layer's nodes must keep its place between them."""
+    members, last = set(region.nodes), region.nodes[-1]
+    node = region.nodes[0]
+    while node is not last:
+        fixed = not is_pure(node) or written & {node, *node.all_input_nodes}
+        if node not in members and node.op != "placeholder" and fixed:
+            return True
+        node = node.next
+    return False
 
 
 def _input_name(node: fx.Node, region: _Region, shared: set[fx.Node]) -> str:

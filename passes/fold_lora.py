@@ -8,6 +8,7 @@ A site whose suffix is in ``context.side`` stays a branch.
 
 from __future__ import annotations
 
+import re
 from typing import Any as Value
 
 from torch import fx
@@ -125,9 +126,10 @@ def _fold_dora(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> fx
 def _fold_linear(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> Value:
     chain = _branches(root, _BRANCH, _BASE)
     if isinstance(chain, NoMatch):
-        return chain
+        return None
     end, found = chain
-    if failure := _foldable(root, end, found, fixed):
+    failure = _foldable(root, end, found, fixed)
+    if failure is not None:
         return failure
     path = path_of(end.root)
     with graph.inserting_before(root):
@@ -138,9 +140,10 @@ def _fold_linear(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> 
 def _fold_embedding(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> Value:
     chain = _branches(root, _LOOKUP_BRANCH, _TABLE)
     if isinstance(chain, NoMatch):
-        return chain
+        return None
     end, found = chain
-    if failure := _foldable(root, end, found, fixed):
+    failure = _foldable(root, end, found, fixed)
+    if failure is not None:
         return failure
     path = path_of(end.root)
     with graph.inserting_before(root):
@@ -156,7 +159,7 @@ def _fold_embedding(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) 
 
 def fold_lora(graph: fx.Graph, context: Context) -> PassResult:
     """Fold every LoRA and DoRA branch that may be folded; the result counts them."""
-    count, misses = 0, []
+    count, misses = 0, list[tuple[str, NoMatch]]()
     weights_first(graph)
     fixed = weight_only(graph)
     for root in _tops(graph):
@@ -167,17 +170,28 @@ def fold_lora(graph: fx.Graph, context: Context) -> PassResult:
             if site_of(path_of(root)) in context.side:
                 break
             new = fold(graph, root, fixed)
-            if isinstance(new, fx.Node):
+            if new is not None:
                 break
         if isinstance(new, fx.Node):
             root.replace_all_uses_with(new)
             sweep(graph)
             count += 1
+        elif new is not None:
+            misses.append((path_of(root), new))
+    if count:
+        weights_first(graph)
+    return PassResult(count, (*misses, *_left(graph, {path for path, _ in misses})))
+
+
+def _left(graph: fx.Graph, told: set[str]) -> list[tuple[str, NoMatch]]:
+    """Adapters that stay branches, but for those whose reason was told."""
     fixed = weight_only(graph)
-    misses += [
-        (path_of(node), NoMatch(node.name, "an adapter that folds", "a branch that stays"))
-        for node in calls(graph, "linear", "embedding")
-        if any(f".{kind}." in path_of(node) for kind in ("lora_A", "lora_embedding_A"))
-        and node not in fixed
-    ]
-    return PassResult(count, tuple(misses))
+    found = []
+    for node in calls(graph, "linear", "embedding"):
+        module, adapter, _ = re.sub(r"lora_embedding_A", "lora_A", path_of(node)).partition(
+            ".lora_A."
+        )
+        if adapter and node not in fixed and module not in told:
+            reason = NoMatch(node.name, "an adapter that folds", "a branch that stays")
+            found.append((path_of(node), reason))
+    return found

@@ -9,7 +9,7 @@ from .layers import ATTENTION
 from .rewrite import Context, PassResult
 
 #: What may stand between the projection and the output: it works on each value alone.
-_POINTWISE = ("truediv", "mul", "tanh", "to", "getitem", "add")
+_POINTWISE = ("truediv", "mul", "tanh", "to", "contiguous", "getitem", "add")
 
 
 def _each_alone(node: fx.Node) -> bool:

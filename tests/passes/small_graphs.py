@@ -6,6 +6,7 @@ that what a graph writes is seen and can be compared.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class Builder:
         self, name: str, shape: Sequence[int], dtype: torch.dtype, meta: Mapping[str, Any]
     ) -> fx.Node:
         first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
-        with self.graph.inserting_before(first):
+        with self.graph.inserting_before(first) if first else contextlib.nullcontext():
             node = self.graph.placeholder(name.replace(".", "_"))
         with self._mode:
             node.meta |= {"path": "", "val": torch.empty(*shape, dtype=dtype), **meta}

@@ -1,0 +1,179 @@
+"""fold_lora: which branches fold, against float64; what stays a branch and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from policy_graphs import canonical, layers_of, logits, model_of, through, weights
+from small_graphs import Builder, count, far, run, same, text, values
+from torch import fx
+
+from hybrid_fx.passes.binding import weight_only
+from hybrid_fx.passes.fold_lora import fold_lora, site_of
+from hybrid_fx.passes.graph import calls
+from hybrid_fx.passes.rewrite import Context
+from hybrid_fx.passes.spec import check_graph
+
+PLACE = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "operator"),
+    [
+        ("llama", "plain", "fold_lora"),
+        ("llama", "rs", "fold_lora"),
+        ("llama", "dora", "fold_dora"),
+        ("gpt2", "plain", "fold_lora"),
+    ],
+)
+def test_every_adapter_folds_and_keeps_the_numbers(kind: str, lora: str, operator: str) -> None:
+    graph = canonical(kind, lora)
+    given = weights(model_of(kind, lora))
+    before = logits(graph, given)
+    told = layers_of(graph)
+    sites = 14 if kind == "llama" else 8
+    assert through(graph, "fold_lora", told=told) == [sites]
+    assert count(graph, operator) == sites
+    fixed = weight_only(graph)
+    branches = [n for n in calls(graph, "linear") if "lora_A" in n.meta["path"]]
+    assert all(node in fixed for node in branches), "no adapter reads the tokens any more"
+    assert all(node in fixed for node in calls(graph, operator)), "all of it goes to prepare"
+    assert far(logits(graph, given), before) < 1e-5
+    after = text(graph)
+    assert through(graph, "fold_lora", told=told) == [0]
+    assert text(graph) == after
+
+
+def test_a_graph_without_adapters_keeps_its_calls() -> None:
+    graph = canonical("llama")
+    before = sorted(text(graph).split("\n"))
+    assert through(graph, "fold_lora") == [0]
+    assert sorted(text(graph).split("\n")) == before
+
+
+def test_a_site_that_is_to_stay_stays_a_branch() -> None:
+    graph = canonical("llama", "plain")
+    given = weights(model_of("llama", "plain"))
+    before = logits(graph, given)
+    told = layers_of(graph, side=frozenset({"self_attn.q_proj"}))
+    assert through(graph, "fold_lora", told=told) == [12]
+    left = [n for n in calls(graph, "linear") if "lora_A" in n.meta["path"]]
+    assert {site_of(n.meta["path"].split(".lora_A")[0]) for n in left} == {"self_attn.q_proj"}
+    again = fold_lora(graph, told)
+    assert [path.split(".lora_A")[0] for path, _ in again.misses] == [
+        n.meta["path"].split(".lora_A")[0] for n in left
+    ]
+    assert far(logits(graph, given), before) < 1e-5
+
+
+def _adapted(build: Builder, change: str = "") -> tuple[fx.Node, ...]:
+    """``linear(x, W, b) + linear(linear(x, A), B) * 2``, twice adapted or made odd."""
+    dtype = torch.bfloat16 if change == "narrow" else torch.float32
+    x = build.input("x", 2, 3, 4, dtype=dtype)
+    w, b = build.weight("w", 5, 4, dtype=dtype), build.weight("b", 5, dtype=dtype)
+    base = build.call("linear", x, w, b, path=f"{PLACE}.base_layer")
+    total = base
+    for name in ("one", "two") if change == "two adapters" else ("one",):
+        a = build.weight(f"{name}_a", 2, 4)
+        up = build.weight(f"{name}_b", 5, 2)
+        source = build.call("exp", x) if change == "another input" else x
+        if change == "narrow":
+            source = build.call("to", x, torch.float32, path=PLACE)
+        if change == "factors of the tokens":
+            up = build.call("mul", up, build.call("mean", x), path=PLACE)
+        low = build.call("linear", source, a, None, path=f"{PLACE}.lora_A.{name}")
+        branch = build.call("linear", low, up, None, path=f"{PLACE}.lora_B.{name}")
+        total = build.call("add", total, build.call("mul", branch, 2.0, path=PLACE), path=PLACE)
+    if change == "narrow":
+        total = build.call("to", total, torch.bfloat16, path=PLACE)
+    return (total, base) if change == "a base others use" else (total,)
+
+
+def test_two_adapters_fold_at_once_so_that_the_sum_is_rounded_once() -> None:
+    build = Builder()
+    graph = build.output(*_adapted(build, "two adapters"))
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fold_lora(graph, Context()).count == 1
+    (folded,) = calls(graph, "fold_lora")
+    assert len(folded.args) == 7
+    assert far(run(graph, given)[0], before) < 1e-6
+
+
+def test_adapters_in_float32_beside_narrow_weights_fold_in_float32() -> None:
+    build = Builder()
+    graph = build.output(*_adapted(build, "narrow"))
+    given = values(graph)
+    assert fold_lora(graph, Context()).count == 1
+    got = run(graph, given)[0]
+    assert got.dtype == torch.bfloat16
+    d = {name: tensor.double() for name, tensor in given.items()}
+    weight = (d["w"] + 2 * d["one_b"] @ d["one_a"]).bfloat16().double()
+    assert far(got, d["x"] @ weight.T + d["b"]) < 4e-3
+
+
+REASONS = {
+    "another input": ("a branch on x", "exp"),
+    "factors of the tokens": ("factors that are weights", "b"),
+    "a base others use": ("a base used by the sum alone", "another user"),
+}
+
+
+@pytest.mark.parametrize("why", REASONS)
+def test_a_branch_stays_where_it_is_no_part_of_the_weight(why: str) -> None:
+    build = Builder()
+    graph = build.output(*_adapted(build, why))
+    given = values(graph)
+    before = run(graph, given)[0]
+    result = fold_lora(graph, Context())
+    assert result.count == 0
+    ((path, missed),) = result.misses
+    assert path == PLACE
+    assert (missed.expected, missed.found) == REASONS[why]
+    check_graph(graph, stage="fold_lora")
+    assert same(run(graph, given)[0], before)
+
+
+def test_a_branch_that_others_read_keeps_its_value_for_them() -> None:
+    build = Builder()
+    (total,) = _adapted(build)
+    low = next(n for n in calls(build.graph, "linear") if "lora_A" in n.meta["path"])
+    graph = build.output(total, low)
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fold_lora(graph, Context()).count == 1
+    after = run(graph, given)[0]
+    assert same(after[1], before[1])
+    assert far(after[0], before[0]) < 1e-6
+
+
+def test_a_fold_reads_the_base_weight_and_never_writes_it() -> None:
+    build = Builder()
+    graph = build.output(*_adapted(build))
+    fold_lora(graph, Context())
+    given = values(graph)
+    assert same(list(run(graph, given)[1].values()), list(given.values()))
+
+
+def test_an_adapter_on_the_embedding_folds_into_the_table() -> None:
+    build = Builder()
+    ids = build.input("ids", 2, 3, dtype=torch.int64)
+    table, a, b = build.weight("table", 8, 4), build.weight("a", 2, 8), build.weight("b", 4, 2)
+    place = "model.embed_tokens"
+    base = build.call("embedding", ids, table, path=place)
+    low = build.call("embedding", ids, build.call("t", a, path=place), path=place)
+    branch = build.call("matmul", low, build.call("t", b, path=place), path=place)
+    total = build.call("add", base, build.call("mul", branch, 0.5, path=place), path=place)
+    graph = build.output(total)
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fold_lora(graph, Context()).count == 1
+    check_graph(graph, stage="fold_lora")
+    (lookup,) = calls(graph, "embedding")
+    assert far(run(graph, given)[0], before) < 1e-6
+    assert lookup.args[1] in weight_only(graph)
+
+
+def test_sites_are_named_by_their_place_in_the_layer() -> None:
+    assert site_of("base.model.layers.3.self_attn.q_proj.base_layer") == "self_attn.q_proj"
+    assert site_of("base.lm_head") == "base.lm_head"
