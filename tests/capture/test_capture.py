@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture_models import canonical, captured, decoder, logits, named_tensors, run_graph, tokens
+from capture_models import logits, named_tensors, run_graph, tokens
+from captured_models import canonical, captured, decoder
 from tiny_models import adapted, tiny
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration

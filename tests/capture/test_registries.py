@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from capture_models import decoder
+from captured_models import decoder
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,38 +1,17 @@
-"""Canonical graphs of tiny decoders, captured once, and the plan passes run on copies of them."""
+"""Running the optional passes on canonical graphs of whole decoders."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from tiny_models import adapted, tiny
 from torch import Tensor, fx, nn
 
-from hybrid_fx.capture import capture
 from hybrid_fx.passes.layers import layer_paths
-from hybrid_fx.passes.pipeline import OPTIONAL, copy_graph
+from hybrid_fx.passes.pipeline import OPTIONAL
 from hybrid_fx.passes.policies import POLICIES
 from hybrid_fx.passes.rewrite import Context, run_passes
 from hybrid_fx.passes.roles import match_layer
-from hybrid_fx.plan.build import normalize
-
-
-@functools.cache
-def _captured(kind: str, lora: str) -> tuple[Any, fx.Graph]:
-    model = tiny(kind)
-    if lora:
-        model = adapted(model, use_dora=lora == "dora", use_rslora=lora == "rs")
-    return model, normalize(capture(model).graph)
-
-
-def canonical(kind: str, lora: str = "") -> fx.Graph:
-    """The canonical graph of a tiny decoder, a copy of the caller's own."""
-    return copy_graph(_captured(kind, lora)[1])
-
-
-def model_of(kind: str, lora: str = "") -> Any:
-    return _captured(kind, lora)[0]
 
 
 def layers_of(graph: fx.Graph, **options: Any) -> Context:
@@ -48,14 +27,8 @@ def through(graph: fx.Graph, *names: str, told: Context | None = None) -> list[i
     return [record.result.count for record in records]
 
 
-def doubles(model: nn.Module) -> dict[str, Tensor]:
-    """The weights in float64: the reference that two spellings are held against."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach().double() for name, tensor in named.items()}
-
-
 def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
     named = dict(model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False))
     return {name: tensor.detach() for name, tensor in named.items()}

@@ -7,7 +7,8 @@ import keyword
 
 import pytest
 import torch
-from policy_graphs import canonical, logits, model_of, weights
+from captured_models import canonical, model_of
+from policy_graphs import logits, weights
 from small_graphs import Builder, run, same, values
 from tiny_models import tiny
 from torch import fx, nn

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from policy_graphs import canonical, layers_of, logits, model_of, through, weights
+from captured_models import canonical, model_of
+from policy_graphs import layers_of, logits, through, weights
 from small_graphs import Builder, count, far, run, same, text, values
 from torch import fx
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from policy_graphs import canonical, layers_of, logits, model_of, through, weights
+from captured_models import canonical, model_of
+from policy_graphs import layers_of, logits, through, weights
 from small_graphs import far
 from tiny_models import tiny
 from torch import Tensor, nn

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from policy_graphs import canonical, model_of, weights
+from captured_models import canonical, model_of
 from policy_graphs import logits as logits_of
+from policy_graphs import weights
 from small_graphs import Builder, count, far, run, same, text, values
 from torch import fx
 
