@@ -20,7 +20,7 @@ from ..cache.plan_cache import PlanCache
 from ..cache.stamp import structure_stamp
 from ..capture import assumptions, capture
 from ..config import HybridConfig
-from ..errors import HybridError, StrictError
+from ..errors import StrictError
 from ..generate import causal_lm, position_limit
 from ..passes.operators import OPERATORS
 from ..plan.build import build_plan, normalize
@@ -28,7 +28,7 @@ from ..plan.plan import Plan
 from ..runtime import PlanRunner
 from ..runtime.lowering import by_inductor
 from ..runtime.probe import Verdict, probe
-from .proof import by_graph, by_module, telling
+from .proof import by_graph, by_module, said, telling
 from .stats import Stats
 from .versions import WeightTracker
 
@@ -137,7 +137,7 @@ class ModelGraphs:
 
     def _fail(self, what: str, reason: object) -> None:
         self._drop()
-        self.failure = f"{what}: {_said(reason)}"
+        self.failure = f"{what}: {said(reason)}"
         logger.warning(
             "%s runs as transformers' module: %s", type(self._model).__name__, self.failure
         )
@@ -214,7 +214,7 @@ class ModelGraphs:
             if wrong is not None and self._stored:
                 warnings.warn(
                     f"hybrid_fx: the stored plan of {type(self._model).__name__} is not used "
-                    f"({_said(wrong)}); the model is captured again and the file replaced",
+                    f"({said(wrong)}); the model is captured again and the file replaced",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -244,7 +244,8 @@ class ModelGraphs:
         return None
 
     def _choose_side(self, tensors: dict[str, Tensor]) -> None:
-        assert self._folding is not None and self.runner is not None
+        assert self._folding is not None
+        assert self.runner is not None
         if self._config.lora != "auto" or not self._folding.plan.manifest.lora:
             return
         errors = self._folding.measure(tensors)
@@ -292,11 +293,3 @@ class ModelGraphs:
         self.release()
         self.runner = self._folding = self._proven = None
         self._side, self.errors = frozenset(), {}
-
-
-def _said(reason: object) -> str:
-    """One line of an error or a text."""
-    text = str(reason).strip().split("\n")[0]
-    if isinstance(reason, Exception) and not isinstance(reason, HybridError):
-        return f"{type(reason).__name__}: {text}"
-    return text

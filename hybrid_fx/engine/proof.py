@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import HybridError
 from ..generate import inference_mode_of
 
 #: ``(input_ids, position_ids) -> logits``; ids and positions [B, T], logits [B, T, V].
@@ -66,3 +67,11 @@ def telling(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Te
             value = tensor.detach().float() * (1 + 0.1 * noise[0]) + 0.05 * noise[1]
             changed[id(tensor)] = value.to(tensor.dtype)
     return {name: changed[id(t)] for name, t in tensors.items() if id(t) in changed}
+
+
+def said(reason: object) -> str:
+    """One line of an error or a text."""
+    text = str(reason).strip().split("\n")[0]
+    if isinstance(reason, Exception) and not isinstance(reason, HybridError):
+        return f"{type(reason).__name__}: {text}"
+    return text

@@ -39,8 +39,9 @@ def model_of(case: str) -> Any:
 
 def run_case(case: str, cache_dir: str, **options: Any) -> dict[str, Any]:
     """Generate from one engine of one case; its tokens, its counters and what it warned of."""
-    import hybrid_fx
     from tiny_models import prompt
+
+    import hybrid_fx
 
     engine = hybrid_fx.hybridize(model_of(case), cache_dir=cache_dir, **options)
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""A second process takes the plans that the first one stored, or makes its own; never wrong ones."""
+"""A second process takes the plans that the first one stored, or makes its own; never wrong."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_a_second_process_does_not_trace_and_gives_the_same_tokens(stored, tmp_p
         assert counters["captures"] == 0
         assert counters["cache_hits_disk"] == (2 if case == "side" else 1)
         assert second[case]["tokens"] == first[case]["tokens"]
-        assert second[case]["fallbacks"] == {} and second[case]["warnings"] == []
+        assert second[case]["fallbacks"] == {}
+        assert second[case]["warnings"] == []
         assert second[case]["lora"] == first[case]["lora"]
     assert files == {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -59,7 +60,8 @@ def test_a_changed_pass_makes_stored_plans_a_miss(stored, tmp_path):
     shutil.copytree(folder, plans)
     package = copied_package(tmp_path / "package", change="\n# another rule\n")
     run = finish(start(["llama"], plans, package=package))["llama"]
-    assert run["counters"]["captures"] == 1 and run["counters"]["cache_hits_disk"] == 0
+    assert run["counters"]["captures"] == 1
+    assert run["counters"]["cache_hits_disk"] == 0
     assert run["tokens"] == first["llama"]["tokens"]
     assert len(list(plans.iterdir())) == len(list(folder.iterdir())) + 1
 
@@ -85,7 +87,9 @@ def test_two_processes_at_once_on_one_empty_folder_are_both_right(tmp_path):
     for child in children:
         seen = finish(child)["llama"]
         assert seen["tokens"] == wanted
-        assert seen["warnings"] == [] and seen["fallbacks"] == {}
+        assert seen["warnings"] == []
+        assert seen["fallbacks"] == {}
     assert [file.suffix for file in (tmp_path / "plans").iterdir()] == [".json"]
     third = run_case("llama", str(tmp_path / "plans"))
-    assert third["counters"]["captures"] == 0 and third["tokens"] == wanted
+    assert third["counters"]["captures"] == 0
+    assert third["tokens"] == wanted

@@ -96,12 +96,16 @@ def check_replaced(case: str, file: Path, message: str) -> None:
     wanted = model_of(case).generate(**prompt((5, 3)), max_new_tokens=8, do_sample=False)
     run = run_case(case, str(file.parent))
     assert run["tokens"] == wanted.tolist()
-    assert run["counters"]["captures"] == 1 and run["counters"]["prepares"] == 1
-    assert run["counters"]["hf_forwards"] == 0 and run["fallbacks"] == {}
-    assert len(run["warnings"]) == 1 and message in run["warnings"][0]
+    assert run["counters"]["captures"] == 1
+    assert run["counters"]["prepares"] == 1
+    assert run["counters"]["hf_forwards"] == 0
+    assert run["fallbacks"] == {}
+    assert len(run["warnings"]) == 1
+    assert message in run["warnings"][0]
     again = run_case(case, str(file.parent))
     assert again["tokens"] == wanted.tolist()
-    assert again["counters"]["captures"] == 0 and again["warnings"] == []
+    assert again["counters"]["captures"] == 0
+    assert again["warnings"] == []
 
 
 @pytest.mark.parametrize("damage", UNREADABLE)
@@ -133,7 +137,8 @@ def test_a_wrong_plan_is_found_while_an_adapter_still_is_zero(tmp_path):
     engine = hybrid_fx.hybridize(fresh_adapter(0), cache_dir=str(tmp_path))
     with pytest.warns(RuntimeWarning, match="stored plan of PeftModel"):
         engine.generate(**call)
-    assert engine.stats.counters["captures"] == 1 and engine.stats.fallbacks == {}
+    assert engine.stats.counters["captures"] == 1
+    assert engine.stats.fallbacks == {}
 
 
 def test_a_wrong_plan_for_adapters_on_the_side_is_found_and_replaced(tmp_path):
@@ -144,8 +149,10 @@ def test_a_wrong_plan_for_adapters_on_the_side_is_found_and_replaced(tmp_path):
         if any("lora_A" in line for line in lines):
             in_source("decode", "1e-06", "0.5")(file)
     run = run_case("side", str(tmp_path))
-    assert len(run["warnings"]) == 1 and run["counters"]["captures"] == 1
-    assert run["tokens"] == wanted and run["fallbacks"] == {}
+    assert len(run["warnings"]) == 1
+    assert run["counters"]["captures"] == 1
+    assert run["tokens"] == wanted
+    assert run["fallbacks"] == {}
 
 
 def test_weights_that_hold_nan_neither_prove_nor_refute_a_plan(tmp_path):
@@ -160,18 +167,22 @@ def test_weights_that_hold_nan_neither_prove_nor_refute_a_plan(tmp_path):
     assert engine.stats.fallbacks == {}
     model.load_state_dict(good)
     assert engine.generate(ids, max_new_tokens=4, do_sample=False).equal(wanted)
-    assert engine.stats.fallbacks == {} and engine.stats.counters["captures"] == 1
+    assert engine.stats.fallbacks == {}
+    assert engine.stats.counters["captures"] == 1
 
 
 def test_without_a_disk_cache_nothing_is_written(tmp_path):
     run = run_case("llama", str(tmp_path / "plans"), disk_cache=False)
-    assert run["counters"]["captures"] == 1 and run["fallbacks"] == {}
+    assert run["counters"]["captures"] == 1
+    assert run["fallbacks"] == {}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path):
     (tmp_path / "file").write_text("in the way")
     run = run_case("llama", str(tmp_path / "file" / "plans"))
-    assert len(run["warnings"]) == 1 and "cannot be" in run["warnings"][0]
+    assert len(run["warnings"]) == 1
+    assert "cannot be" in run["warnings"][0]
     wanted = model_of("llama").generate(**prompt((5, 3)), max_new_tokens=8, do_sample=False)
-    assert run["tokens"] == wanted.tolist() and run["fallbacks"] == {}
+    assert run["tokens"] == wanted.tolist()
+    assert run["fallbacks"] == {}

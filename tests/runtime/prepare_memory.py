@@ -1,4 +1,4 @@
-"""How far the memory of a process rises while an engine prepares: ``python prepare_memory.py JSON``.
+"""How far memory rises while an engine prepares: ``python prepare_memory.py JSON``.
 
 The argument is ``{"dtype", "lora"}``; Linux only. Gradients and optimizer state are resident.
 """

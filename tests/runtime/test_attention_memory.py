@@ -123,7 +123,9 @@ def meant(case, operator):
 
 
 def check(case, operator, slots, pitch, options, spare=0):
-    wanted = written_out(case.query, case.keys, case.values, case.valid, sinks=case.sinks, **options)
+    wanted = written_out(
+        case.query, case.keys, case.values, case.valid, sinks=case.sinks, **options
+    )
     out, memory = case.run(operator, slots, pitch, spare, **options)
     assert out.isfinite().all()
     here = meant(case, operator)

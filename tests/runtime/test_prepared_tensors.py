@@ -54,8 +54,10 @@ def test_weights_are_taken_as_they_are_and_never_written():
     weights = [torch.nn.Parameter(torch.full((2, 3), float(i))) for i in range(2)]
     for index, weight in enumerate(weights):
         (tensor,) = filled(held, [weight])
-        assert tensor.data_ptr() == weight.data_ptr() and not tensor.requires_grad
-        assert weight.eq(index).all() and weight._version == 0
+        assert tensor.data_ptr() == weight.data_ptr()
+        assert not tensor.requires_grad
+        assert weight.eq(index).all()
+        assert weight._version == 0
     assert held.nbytes == 0
 
 
@@ -74,7 +76,8 @@ def test_release_gives_all_memory_back():
     held = PreparedTensors(wanted(1))
     filled(held, [torch.ones(2, 3)])
     held.release()
-    assert held.tensors == [] and held.nbytes == 0
+    assert held.tensors == []
+    assert held.nbytes == 0
 
 
 CALL = {**prompt((5, 3)), "max_new_tokens": 6, "do_sample": False}
@@ -111,7 +114,8 @@ def test_after_a_prepare_that_was_cut_short_the_next_generate_prepares_again(mon
         assert torch.equal(engine.generate(**CALL), expected)
         reweigh(model, seed=0)
     assert engine.stats.counters["prepares"] == 3
-    assert engine.stats.counters["hf_forwards"] == 0 and engine.stats.fallbacks == {}
+    assert engine.stats.counters["hf_forwards"] == 0
+    assert engine.stats.fallbacks == {}
 
 
 def test_a_first_use_that_was_cut_short_is_proven_again(monkeypatch):
@@ -149,7 +153,8 @@ def test_a_capture_that_was_cut_short_is_begun_again(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             engine.generate(**CALL)
     assert torch.equal(engine.generate(**CALL), expected)
-    assert engine.stats.fallbacks == {} and engine.stats.counters["hf_forwards"] == 0
+    assert engine.stats.fallbacks == {}
+    assert engine.stats.counters["hf_forwards"] == 0
 
 
 def test_a_choice_of_side_that_was_cut_short_is_made_again(monkeypatch):

@@ -66,7 +66,9 @@ def once(runner, ids, valid=None, positions=None):
     batch=st.integers(1, 3),
 )
 @settings(max_examples=15)
-def test_a_session_that_grows_step_by_step_says_what_one_call_says(runners, widths, capacity, batch):
+def test_a_session_that_grows_step_by_step_says_what_one_call_says(
+    runners, widths, capacity, batch
+):
     for runner in runners[0].values():
         ids = random_ids(batch, sum(widths))
         runner.workspace.release()
@@ -108,7 +110,9 @@ def test_columns_are_cropped_and_others_follow(runner):
     assert session.length == 4
     logits = feed(session, more, [2, 1, 1])
     session.close()
-    torch.testing.assert_close(logits, once(runner, torch.cat((ids[:, :4], more), 1))[:, 4:], **CLOSE)
+    torch.testing.assert_close(
+        logits, once(runner, torch.cat((ids[:, :4], more), 1))[:, 4:], **CLOSE
+    )
 
 
 @pytest.mark.parametrize("pads", [1, 5, 9])
@@ -144,7 +148,8 @@ def test_columns_that_are_padding_in_every_row_change_nothing(runner):
     session.crop(4)
     logits = session.forward(ids[:, 4:], positions[:, 4:], keep=5)
     session.close()
-    assert empty.isfinite().all() and one_more.isfinite().all()
+    assert empty.isfinite().all()
+    assert one_more.isfinite().all()
     torch.testing.assert_close(logits, once(runner, ids[:, 4:]), **CLOSE)
 
 

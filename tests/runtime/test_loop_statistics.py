@@ -1,0 +1,122 @@
+"""What an engine counts over a loop of generating and training, and what it logs."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tiny_models import prompt, tiny
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import hybrid_fx
+
+ROWS, LENGTHS, NEW = 4, (5, 3, 2, 5), 6
+
+
+def rollout_and_step(engine, optimizer):
+    """One iteration as GRPO has it: sample, score, weigh log-probabilities, step."""
+    engine.eval()
+    inputs = prompt(LENGTHS)
+    sampled = engine.generate(**inputs, max_new_tokens=NEW, do_sample=True)
+    assert sampled.shape == (ROWS, 5 + NEW)
+    reward = (sampled[:, 5:] % 2).float().mean(1)
+    advantage = (reward - reward.mean()) / (reward.std() + 1e-4)
+    engine.train()
+    mask = torch.cat((inputs["attention_mask"], torch.ones(ROWS, NEW, dtype=torch.long)), 1)
+    logits = engine(input_ids=sampled, attention_mask=mask).logits[:, 4:-1]
+    chosen = logits.log_softmax(-1).gather(2, sampled[:, 5:, None]).squeeze(2)
+    (-(advantage[:, None] * chosen).mean()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_loop_logs_one_line_an_iteration_with_parts_that_sum_to_the_whole(caplog, release):
+    model = tiny("llama")
+    engine = hybrid_fx.hybridize(model, release_inference_cache=release)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with caplog.at_level(logging.INFO, logger="hybrid_fx"):
+        for _ in range(3):
+            rollout_and_step(engine, optimizer)
+        engine.eval()
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("iteration")]
+    assert len(lines) == len(engine.stats.iterations) == 3
+    for index, (line, record) in enumerate(zip(lines, engine.stats.iterations, strict=True)):
+        assert line == str(record)
+        assert line.startswith(f"iteration {index} | E2E ")
+        assert sum(record.percents.values()) == pytest.approx(100)
+        assert sum(record.parts.values()) == pytest.approx(record.e2e_seconds)
+        for part in ("generate", "train", "prepare"):
+            assert record.parts[part] > 0, part
+        assert record.samples == ROWS
+        # Padding is no token; the last new token is chosen and not fed back.
+        assert record.tokens == {"prefill": sum(LENGTHS), "decode": ROWS * (NEW - 1)}
+        assert record.kv_bytes > 0
+        assert record.fallbacks == {}
+        assert "fallbacks: none" in line
+    counters = engine.stats.counters
+    assert counters["captures"] + counters["cache_hits_disk"] == 1
+    assert counters["prepares"] == counters["generate_calls"] == 3
+    assert counters["hf_forwards"] == 0
+
+
+def test_forwards_of_the_module_are_counted_where_it_generates():
+    engine = hybrid_fx.hybridize(tiny("llama"))
+    holed = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])
+    ids = prompt((4, 4))["input_ids"]
+    engine.generate(ids, attention_mask=holed, max_new_tokens=NEW, do_sample=False)
+    assert engine.stats.counters["hf_forwards"] == NEW
+    assert sum(engine.stats.fallbacks.values()) == 1
+    assert engine.stats.tokens["decode"] == 0
+
+
+class Breaks(LogitsProcessor):
+    """Raises at the third token."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 3:
+            raise self.error
+        return scores
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_an_exception_in_the_middle_of_decoding_leaves_no_timer_open(error):
+    engine = hybrid_fx.hybridize(tiny("llama"))
+    inputs = prompt((5, 3))
+    with pytest.raises(type(error)):
+        engine.generate(
+            **inputs, max_new_tokens=8, logits_processor=LogitsProcessorList([Breaks(error)])
+        )
+    assert engine.stats._stack == []
+    assert engine.stats.tokens["decode"] == 2 * 2
+    before = dict(engine.stats.seconds)
+    engine.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert engine.stats.tokens["decode"] == 2 * 2 + 2 * 7
+    assert engine.stats.seconds["decode"] > before["decode"]
+    assert engine.stats._stack == []
+
+
+def test_an_exception_inside_a_graph_leaves_no_timer_and_no_session_open(monkeypatch):
+    engine = hybrid_fx.hybridize(tiny("llama"))
+    inputs = {**prompt((5, 3)), "max_new_tokens": 8, "do_sample": False}
+    wanted = engine.generate(**inputs)
+    functions = engine._graphs.runner._functions["decode"]
+    real, calls = functions["decode"], []
+
+    def decode(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("in the middle")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(functions, "decode", decode)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            engine.generate(**inputs)
+    assert engine.stats._stack == []
+    assert torch.equal(engine.generate(**inputs), wanted)
