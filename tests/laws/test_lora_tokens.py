@@ -100,7 +100,12 @@ MODELS: dict[str, tuple[Callable[[], Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Variations of what the others show; each costs a capture.
+RARE = ("rank pattern", "unmerged", "scaled", "gpt2 dora", "trained bias")
+NAMES = [pytest.param(n, marks=pytest.mark.deep) if n in RARE else n for n in MODELS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_adapters_folded_give_the_tokens_and_logits_of_peft(name: str) -> None:
     make, folds = MODELS[name]
     model = make()
@@ -124,7 +129,7 @@ def test_adapters_folded_give_the_tokens_and_logits_of_peft(name: str) -> None:
     assert_bit_identical(tensors_of(model), weights)
 
 
-@pytest.mark.parametrize("name", ["all linear", "dora", "several active", "embeddings", "gpt2"])
+@pytest.mark.parametrize("name", ["dora", "several active", "gpt2"])
 def test_adapters_beside_the_weights_give_the_tokens_of_peft(name: str) -> None:
     make = MODELS["fan in fan out" if name == "gpt2" else name][0]
     model = make()
@@ -154,7 +159,7 @@ def test_one_engine_follows_every_state_of_its_adapters() -> None:
     model = two_adapters()
     call = prompt(LENGTHS, 3) | {"max_new_tokens": 10}
     seen = set()
-    with hybrid_fx.hybridize(model) as engine:
+    with hybrid_fx.hybridize(model, lora="fold") as engine:
 
         def check() -> None:
             got = engine.generate(**call)
@@ -173,11 +178,11 @@ def test_one_engine_follows_every_state_of_its_adapters() -> None:
         model.unmerge_adapter()
         model.set_adapter("default")
         check()
-        captures = engine.stats.counters["captures"]
+        made = [engine.stats.counters[name] for name in ("captures", "cache_hits_disk")]
         model.set_adapter("other")
         check()
         model.set_adapter("default")
         check()
-        assert engine.stats.counters["captures"] == captures, "plans seen before are kept"
+        assert made == [engine.stats.counters[name] for name in ("captures", "cache_hits_disk")]
         assert engine.stats.counters["hf_forwards"] == 0
     assert len(seen) >= 4
