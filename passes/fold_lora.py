@@ -62,7 +62,7 @@ def _branches(root: fx.Node, branch: Pattern, base: Call) -> tuple[Match, list[M
             node = node.args[0]
             continue
         end = match(base, node)
-        if end:
+        if isinstance(end, Match):
             return (end, found) if found else NoMatch(root.name, "a branch on it", "none")
         step = match(Call("add", _INNER, branch, commutes=True), node)
         if not step:

@@ -24,7 +24,7 @@ def _halves(parts: fx.Node) -> bool:
     if len(parts.args) != 3 or parts.args[2] != -1:
         return False
     if name_of(parts) == "chunk":
-        return parts.args[1] == 2
+        return bool(parts.args[1] == 2)
     sizes = parts.args[1]
     equal = isinstance(sizes, tuple | list) and len(sizes) == 2 and sizes[0] == sizes[1]
     return name_of(parts) == "split" and equal

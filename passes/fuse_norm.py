@@ -54,6 +54,7 @@ def _summed(norm: fx.Node, context: Context, written: set[fx.Node]) -> fx.Node |
     x, y = total.args
     if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)) or dtype_of(x) != dtype_of(y):
         return None
+    assert isinstance(total, fx.Node)
     return None if written & {x, y, total, norm} else total
 
 

@@ -78,7 +78,8 @@ def hoist(graph: fx.Graph) -> Hoisted:
     """Split ``graph`` (which becomes the body) at the edge between weights and tokens."""
     movable = tensors_cross(weight_only(graph))
     crossing = [node for node in movable if any(user not in movable for user in node.users)]
-    prepare, copies = fx.Graph(), {}
+    prepare = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in movable:
         copies[node] = prepare.node_copy(node, lambda n: copies[n])
     prepare.output(tuple(copies[node] for node in crossing))

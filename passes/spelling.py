@@ -154,16 +154,16 @@ def spell(node: fx.Node) -> None:
             _spell_softmax(node, name, stacklevel=node.target is getattr(F, name))
             return
     if node.target in _SAME:
-        if name := _table_name(_SAME[node.target], node):
-            _retarget(node, name)
+        if same := _table_name(_SAME[node.target], node):
+            _retarget(node, same)
         return
     if node.target in NAMES:
         return
     # the same function reached by another road, e.g. torch._C._nn.linear
-    name = getattr(node.target, "__name__", "")
+    known = getattr(node.target, "__name__", "")
     for owner in (F, torch):
-        if getattr(owner, name, None) is node.target and name in OPERATORS:
-            if table := _table_name(name, node):
+        if getattr(owner, known, None) is node.target and known in OPERATORS:
+            if table := _table_name(known, node):
                 _retarget(node, table)
             return
 

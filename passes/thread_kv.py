@@ -8,6 +8,7 @@ addressed by tensors, never by a layer index or a position constant.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -49,8 +50,10 @@ def _kv_shape(node: fx.Node) -> KVShape:
 def _thread(graph: fx.Graph, operator: str) -> PassResult:
     count, misses = 0, []
     for index, node in enumerate(calls(graph, "attention")):
-        query, key, value, scale, *rest = node.args
-        window, softcap, sinks, dropout = (*rest, *_DEFAULTS[len(rest) :])
+        query, key, value, scale = node.args[:4]
+        rest = node.args[4:]
+        options: tuple[Any, ...] = (*rest, *_DEFAULTS[len(rest) :])
+        window, softcap, sinks, dropout = options
         if dropout:
             misses.append((path_of(node), NoMatch(node.name, "attention without dropout", "some")))
             continue

@@ -161,7 +161,9 @@ def _place(node: fx.Node, paths: Mapping[int, str]) -> None:
     for key in stack:
         number = re.match(r"\d+", str(key))
         path = paths.get(int(number.group()) if number else -1, path)
-    kept = {k: node.meta[k] for k in ("weight", "parameter", "input") if k in node.meta}
+    kept: dict[str, Any] = {
+        k: node.meta[k] for k in ("weight", "parameter", "input") if k in node.meta
+    }
     val = node.meta.get("val", node.meta.get("example_value"))
     node.meta.clear()
     node.meta |= {"path": path, "val": val, **kept}

@@ -194,7 +194,8 @@ def _prepare_source(staged: Hoisted, layers: Sequence[str]) -> tuple[str, list[s
     for fold in calls(measured, "fold_lora", "fold_dora"):
         with measured.inserting_before(output):
             wide = measured.call_function(OPERATORS["wide"], (fold.args[0],))
-            exact = measured.call_function(fold.target, (wide, *fold.args[1:]))  # type: ignore[arg-type]
+            operator = OPERATORS[str(name_of(fold))]
+            exact = measured.call_function(operator, (wide, *fold.args[1:]))
             error = measured.call_function(OPERATORS["fold_error"], (fold.args[0], exact))
         for node in (wide, exact, error):
             node.meta["path"] = path_of(fold)
