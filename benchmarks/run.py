@@ -3,8 +3,8 @@
     python benchmarks/run.py peers  --shape llama-110m        against transformers' generate
     python benchmarks/run.py passes --shape llama-110m        each optional pass, on against off
 
-For peers, the figure is milliseconds a new token (generate of ``--new`` tokens less a generate of one), the
-median of ``--repeat`` alternating runs after a warm-up, and the median of the pairwise ratios.
+For peers, the figure is milliseconds a new token (generate of ``--new`` tokens less a generate of
+one), the median of ``--repeat`` alternating runs after a warm-up, and the median of the pairwise ratios.
 For passes it is one prefill and one decode step on the engine's own sessions, called in turn.
 ``--clock cpu --threads 1`` counts processor time instead: for machines that others use too.
 """
@@ -201,7 +201,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     model = build(args.shape, dtype=getattr(torch, args.dtype), device=args.device)
     rows = (peers if args.what == "peers" else passes)(args, model)
-    title = f"{args.what}: {args.shape}, {args.dtype}, {args.device}, {args.graph}, {args.clock} time"
+    title = (
+        f"{args.what}: {args.shape}, {args.dtype}, {args.device}, {args.graph}, {args.clock} time"
+    )
     show(rows, title)
     if args.save:
         date = datetime.date.today().isoformat()

@@ -89,7 +89,7 @@ def make_config(
     """
     if config is not None and not isinstance(config, HybridConfig | Mapping):
         raise ConfigError(
-            f"config is a {type(config).__name__}; pass a HybridConfig, a dict of its fields or None"
+            f"config is a {type(config).__name__}; pass a HybridConfig, a dict of fields or None"
         )
     known = [field.name for field in fields(HybridConfig)]
     given = {**(config if isinstance(config, Mapping) else {}), **overrides}

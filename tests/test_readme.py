@@ -36,6 +36,7 @@ def test_every_python_block_of_the_readme_runs() -> None:
     before = model.lm_head.weight.detach().clone()
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
-    assert names["out"].shape[0] == 2 and names["out"].shape[1] > 7
+    assert names["out"].shape[0] == 2
+    assert names["out"].shape[1] > 7
     assert not torch.equal(before, model.lm_head.weight)
     assert names["engine"].stats.counters["hf_forwards"] == 0

@@ -149,9 +149,7 @@ class HybridEngine:
     def _generate_by_module(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate on the module itself, its forwards counted."""
         causal = causal_lm(self.module)
-        handle = causal.register_forward_pre_hook(
-            lambda *_: self.stats.count("hf_forwards")
-        )
+        handle = causal.register_forward_pre_hook(lambda *_: self.stats.count("hf_forwards"))
         try:
             return self._plain_generate(*args, **kwargs)
         finally:
@@ -205,5 +203,3 @@ class HybridEngine:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "training" if self._training else "generating"
         return f"HybridEngine({type(self.module).__name__}, {state})"
-
-

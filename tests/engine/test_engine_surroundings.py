@@ -49,7 +49,8 @@ def test_autocast_reaches_neither_graphs_nor_prepared_tensors(model: Any) -> Non
     engine = hybrid_fx.hybridize(model, lora="fold")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         report = engine.explain()
-    assert report.matched == report.total == 2 and not report.notes
+    assert report.matched == report.total == 2
+    assert not report.notes
     tokens = engine.generate(**_prompt())
     engine.close()
     assert torch.equal(tokens, model.eval().generate(**_prompt()))

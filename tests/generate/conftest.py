@@ -15,7 +15,6 @@ from hybrid_fx.engine.stats import Stats
 from hybrid_fx.engine.versions import WeightTracker
 
 
-
 def plan_runner(model: Any) -> Any:
     """The real runtime: the graphs of a plan, ready before any test counts or patches."""
     tracker, stats = WeightTracker(model), Stats()
