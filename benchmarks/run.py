@@ -4,7 +4,7 @@
     python benchmarks/run.py passes --shape llama-110m        each optional pass, on against off
 
 For peers, the figure is milliseconds a new token (generate of ``--new`` tokens less a generate of
-one), the median of ``--repeat`` alternating runs after a warm-up, and the median of the pairwise ratios.
+one): the median of ``--repeat`` alternating runs after a warm-up, and of the pairwise ratios.
 For passes it is one prefill and one decode step on the engine's own sessions, called in turn.
 ``--clock cpu --threads 1`` counts processor time instead: for machines that others use too.
 """
