@@ -28,7 +28,7 @@ def _synchronize(model: nn.Module) -> Callable[[], None] | None:
     device = next(iter(model.parameters())).device
     if device.type == "cpu":
         return None
-    return torch.get_device_module(device).synchronize  # type: ignore[no-any-return]
+    return torch.get_device_module(device).synchronize
 
 
 class HybridEngine:
@@ -53,7 +53,7 @@ class HybridEngine:
         self._warned: set[str] = set()
         self._training = model.training
         self._closed = False
-        self._plain_generate = model.generate  # type: ignore[union-attr]
+        self._plain_generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
         self._had_own = vars(model).get("generate")
         vars(model)["generate"] = GenerateSwitch(self, model)
 

@@ -54,7 +54,7 @@ class PlanRunner:
             for stage in ("prefill", "decode"):
                 for name, function in self._functions[stage].items():
                     if name != stage:
-                        function.__globals__[name] = lower(function)  # type: ignore[attr-defined]
+                        function.__globals__[name] = lower(function)
         self.workspace = Workspace(plan.manifest.kv, device)
         self.prepared = PreparedTensors(plan.manifest.prepared)
         self._open: PlanSession | None = None
