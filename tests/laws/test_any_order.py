@@ -204,6 +204,6 @@ class DeepMachine(Machine):
 
 
 TestAnyOrder = Machine.TestCase
-TestAnyOrder.settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
+TestAnyOrder.settings = settings(max_examples=6, stateful_step_count=12, deadline=None)
 
 TestAnyOrderDeep = pytest.mark.deep(DeepMachine.TestCase)
