@@ -130,8 +130,9 @@ class ModelGraphs:
         except Exception as error:  # a model that does not compile generates all the same
             self._fail("not captured", error)
             return
-        unmatched = [row["path"] for row in plan.manifest.layers if not row["policy"]]  # type: ignore[index,call-overload]
-        if unmatched or not plan.manifest.layers:
+        rows: tuple[Any, ...] = plan.manifest.layers
+        unmatched = [row["path"] for row in rows if not row["policy"]]
+        if unmatched or not rows:
             which = ", ".join(map(str, unmatched)) or "the model: no decoder layer was found"
             self._unmatched = f"no policy fits {which}"
 

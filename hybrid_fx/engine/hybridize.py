@@ -19,7 +19,8 @@ def _check(model: object) -> nn.Module:
             f"hybridize got a {type(model).__name__}; pass the model itself, a transformers causal "
             "language model or a PeftModel around one"
         )
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner: Any = getattr(model, "get_base_model", lambda: model)
+    base = inner()
     able = getattr(base, "can_generate", None)
     if not hasattr(model, "generate") or able is None or not able():
         raise InputError(

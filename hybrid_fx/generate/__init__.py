@@ -78,7 +78,8 @@ def generate(
     """
     prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     kwargs = drop_finished(dict(kwargs), prompt)
-    plain = type(model).generate.__get__(model) if plain_generate is None else plain_generate  # type: ignore[attr-defined]
+    kind: Any = type(model)
+    plain = kind.generate.__get__(model) if plain_generate is None else plain_generate
     with torch.no_grad(), inference_mode_of(model), instance_attribute(model, "generate", plain):
         request = resolve(model, args, kwargs)
         check_request(request)
