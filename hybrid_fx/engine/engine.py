@@ -53,6 +53,7 @@ class HybridEngine:
         self._warned: set[str] = set()
         self._training = model.training
         self._closed = False
+        self._running = 0
         self._plain_generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
         self._had_own = vars(model).get("generate")
         vars(model)["generate"] = GenerateSwitch(self, model)
@@ -113,6 +114,7 @@ class HybridEngine:
             if self._training:
                 self._begin_generating()
             self.stats.count("generate_calls")
+            self._running += 1
             # Memory made in inference mode could never be refilled outside of it.
             with self.stats.timer("generate"), torch.inference_mode(False):
                 try:
@@ -140,10 +142,12 @@ class HybridEngine:
         return result
 
     def _after_generate(self) -> None:
+        self._running -= 1
         runner = self._graphs.runner
         if runner is not None:
             self.stats.record_kv_bytes(runner.workspace.nbytes)
-        if self.config.release_inference_cache:
+        # A call from inside another one (a processor that generates) frees nothing of the outer.
+        if self.config.release_inference_cache and not self._running:
             self._graphs.release()
 
     def _generate_by_module(self, *args: Any, **kwargs: Any) -> Any:

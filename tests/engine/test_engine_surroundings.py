@@ -63,3 +63,19 @@ def test_input_gradients_asked_for_by_a_hook_keep_the_model_on_its_graphs(model:
     assert engine.stats.counters["hf_forwards"] == 0
     engine.close()
     assert torch.equal(tokens, model.eval().generate(**_prompt()))
+
+
+def test_a_refused_call_inside_another_frees_nothing_of_the_outer_one(model: Any) -> None:
+    engine = hybrid_fx.hybridize(model, release_inference_cache=True)
+    refused: list[str] = []
+
+    def generate_inside(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(hybrid_fx.EngineClosedError) as error:
+            engine.generate(**_prompt())
+        refused.append(str(error.value))
+        return scores
+
+    tokens = engine.generate(**_prompt(), logits_processor=[generate_inside])
+    assert len(refused) == 6
+    engine.close()
+    assert torch.equal(tokens, model.eval().generate(**_prompt()))
