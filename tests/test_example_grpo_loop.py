@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as python does for the script
@@ -144,10 +145,16 @@ def test_a_ratio_is_clipped_only_where_it_would_gain(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", ["rotary", "learned"])
 def test_the_log_probs_of_the_loss_are_those_the_tokens_were_sampled_with(
-    tiny: tuple[PlainEngine, Sampler], temperature: float
+    tiny: tuple[PlainEngine, Sampler], family: str, temperature: float
 ) -> None:
     engine, sampler = tiny
+    if family == "learned":  # where wrong positions of padded rows would show
+        config = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=384, eos_token_id=1)
+        engine = PlainEngine(GPT2LMHeadModel(config).eval())
+        disable_dropout(engine.module)
+        torch.nn.init.normal_(engine.module.transformer.wpe.weight)
     asked = problems((3, 4), (17, 25), (1, 99))  # uneven: padded on the left
     torch.manual_seed(1)
     rollout = sampler(engine, asked, temperature=temperature, **PLAIN_SAMPLING)
@@ -259,8 +266,6 @@ def test_the_loop_samples_in_eval_and_learns_in_train_mode(
 
 
 def test_dropout_is_off_however_a_family_spells_it() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
-
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
     opt = OPTForCausalLM(
         OPTConfig(

@@ -66,19 +66,19 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def add_lora(model: nn.Module, *, rank: int = 16) -> nn.Module:
+def add_lora(model: Any, *, rank: int = 16) -> Any:
     """Return ``model`` as a PeftModel with a LoRA adapter on every linear layer."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+    return get_peft_model(model, config)
 
 
-def takes_positions(model: nn.Module) -> bool:
+def takes_positions(model: Any) -> bool:
     """Return whether the model's forward has ``position_ids`` (ALiBi models have none)."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "position_ids" in inspect.signature(base.forward).parameters
 
 

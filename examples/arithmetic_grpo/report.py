@@ -95,8 +95,8 @@ def draw_chart(outcome: Outcome, path: Path, title: str) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.plot(steps, earned, color="0.75", label="reward of the rollouts")
     top.plot(steps, running_mean(earned, 10), color="tab:blue", label="mean of 10 iterations")
-    top.axhline(outcome.before, color="tab:red", ls=":", label="held-out accuracy before")
-    top.axhline(outcome.after, color="tab:green", ls="--", label="held-out accuracy after")
+    top.axhline(outcome.before, color="tab:red", ls=":", label="held-out accuracy before (greedy)")
+    top.axhline(outcome.after, color="tab:green", ls="--", label="held-out accuracy after (greedy)")
     top.set(title=title, ylabel="reward", ylim=(0, 1))
     top.legend(loc="lower right", fontsize="small")
     parts = [[row.seconds[name] for row in outcome.history] for name in PARTS]
