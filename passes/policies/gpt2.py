@@ -13,4 +13,5 @@ GPT2 = Policy(
         Role(name="up", pattern=linear(), at=("mlp.c_fc",)),
         Role(name="mlp", pattern=plain_mlp("gelu_tanh"), at=("mlp",)),
     ),
+    gains=frozenset({"fuse_mlp"}),
 )

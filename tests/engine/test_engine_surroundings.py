@@ -79,3 +79,16 @@ def test_a_refused_call_inside_another_frees_nothing_of_the_outer_one(model: Any
     assert len(refused) == 6
     engine.close()
     assert torch.equal(tokens, model.eval().generate(**_prompt()))
+
+
+def test_fusions_without_a_recorded_gain_are_made_where_they_are_asked_for(model: Any) -> None:
+    engine = hybrid_fx.hybridize(model)
+    measured = set(engine.explain().layers[0].fused)
+    engine.close()
+    engine = hybrid_fx.hybridize(model, fusions="all")
+    everything = set(engine.explain().layers[0].fused)
+    tokens = engine.generate(**_prompt())
+    engine.close()
+    assert measured == {"gate_up", "norm", "qkv"}
+    assert everything == measured | {"mlp", "residual + norm"}
+    assert torch.equal(tokens, model.eval().generate(**_prompt()))
