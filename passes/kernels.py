@@ -133,7 +133,8 @@ def wide(weight: Tensor) -> Tensor:
 
 def last_tokens(x: Tensor, keep: int) -> Tensor:
     """The last ``keep`` tokens of x [B, T, E]: [B, keep, E]."""
-    return x[:, x.shape[1] - keep :]
+    # Contiguous: over a strided input, the head's product copies its weight once a row.
+    return x[:, x.shape[1] - keep :].contiguous()
 
 
 class Store(Protocol):
