@@ -14,7 +14,6 @@ from hybrid_fx.engine.graphs import ModelGraphs
 from hybrid_fx.engine.stats import Stats
 from hybrid_fx.engine.versions import WeightTracker
 
-
 #: What the failure of a capture says, and what is missing.
 NO_PLAN = {
     "inv_freq": "long rope keeps its frequencies outside of the buffers",
