@@ -123,14 +123,22 @@ def _fold_dora(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> fx
         return call(graph, "linear", found["x"], folded, found["bias"], path=path)
 
 
-def _fold_linear(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> Value:
-    chain = _branches(root, _BRANCH, _BASE)
+def _chain(
+    root: fx.Node, branch: Pattern, base: Call, fixed: dict[fx.Node, None]
+) -> tuple[Match, list[Match]] | NoMatch | None:
+    """The base and the branches of a sum that folds; why it does not; None where it is no such."""
+    chain = _branches(root, branch, base)
     if isinstance(chain, NoMatch):
         return None
+    failure = _foldable(root, *chain, fixed)
+    return chain if failure is None else failure
+
+
+def _fold_linear(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> Value:
+    chain = _chain(root, _BRANCH, _BASE, fixed)
+    if not isinstance(chain, tuple):
+        return chain
     end, found = chain
-    failure = _foldable(root, end, found, fixed)
-    if failure is not None:
-        return failure
     path = path_of(end.root)
     with graph.inserting_before(root):
         folded = call(graph, "fold_lora", end["weight"], *_deltas(found), path=path)
@@ -138,13 +146,10 @@ def _fold_linear(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> 
 
 
 def _fold_embedding(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> Value:
-    chain = _branches(root, _LOOKUP_BRANCH, _TABLE)
-    if isinstance(chain, NoMatch):
-        return None
+    chain = _chain(root, _LOOKUP_BRANCH, _TABLE, fixed)
+    if not isinstance(chain, tuple):
+        return chain
     end, found = chain
-    failure = _foldable(root, end, found, fixed)
-    if failure is not None:
-        return failure
     path = path_of(end.root)
     with graph.inserting_before(root):
         # tables are [V, E] = (B A)^T: fold in the transposed sense, [E, V]
