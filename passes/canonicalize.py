@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from .contract import ANY, Context, Pass, PassResult
 from .functionalize import functionalize, written_memory
 from .graph import call, dtype_of, name_of, path_of, shape_of, sweep, value_of
 from .operators import operator_name
-from .rewrite import Context, PassResult
 from .spelling import arrange, spell
 
 #: Calls without meaning for the values: logging, hints and checks that capture left behind.
@@ -176,3 +176,13 @@ def canonicalize(graph: fx.Graph, context: Context) -> PassResult:
             node.replace_all_uses_with(new)
             count += 1
     return PassResult(count + sweep(graph))
+
+
+CANONICALIZE = Pass(
+    "canonicalize",
+    canonicalize,
+    requires=frozenset(),
+    provides=frozenset({"canonical"}),
+    may_add=ANY,
+    exact=True,
+)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from torch import fx
 
 from .binding import weight_only, weights_first
+from .contract import Context, Pass, PassResult
 from .functionalize import written_memory
 from .graph import call, dtype_of, order, path_of, shape_of, sweep
 from .pattern import Match, NoMatch
-from .rewrite import Context, PassResult, reads_written
+from .rewrite import reads_written
 from .roles import find_role
 
 
@@ -91,4 +92,20 @@ def concat_gate_up(graph: fx.Graph, context: Context) -> PassResult:
     return _join_roles(graph, context, ("gate", "up"))
 
 
-__all__ = ["concat_gate_up", "concat_qkv"]
+_STACKS = frozenset({"concat_rows", "split", "getitem"})
+
+CONCAT_QKV = Pass(
+    "concat_qkv",
+    concat_qkv,
+    provides=frozenset({"qkv_stacked"}),
+    may_add=_STACKS,
+    modes=frozenset({"inference", "training"}),
+)
+CONCAT_GATE_UP = Pass(
+    "concat_gate_up",
+    concat_gate_up,
+    provides=frozenset({"gate_up_stacked"}),
+    conflicts=frozenset({"mlp_fused"}),
+    may_add=_STACKS,
+    modes=frozenset({"inference", "training"}),
+)

@@ -14,10 +14,11 @@ from typing import Any as Value
 from torch import fx
 
 from .binding import weight_only, weights_first
+from .contract import Context, Pass, PassResult
 from .graph import call, calls, dtype_of, name_of, path_of, sweep, tail_names
 from .layers import layer_of
 from .pattern import Any, Call, Const, Either, Match, NoMatch, Opt, Pattern, match
-from .rewrite import Context, PassResult, safe_to_replace
+from .rewrite import safe_to_replace
 
 _X = Opt("to", Any("x", node=True))
 _NONE = Const(equals=None)
@@ -200,3 +201,13 @@ def _left(graph: fx.Graph, told: set[str]) -> list[tuple[str, NoMatch]]:
             reason = NoMatch(node.name, "an adapter that folds", "a branch that stays")
             found.append((path_of(node), reason))
     return found
+
+
+#: Not in training: a sum rounded to the weight's dtype can erase what was just learned.
+FOLD_LORA = Pass(
+    "fold_lora",
+    fold_lora,
+    provides=frozenset({"lora_folded"}),
+    conflicts=frozenset({"qkv_stacked", "gate_up_stacked", "mlp_fused"}),
+    may_add=frozenset({"fold_lora", "fold_dora", "t", "contiguous"}),
+)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from .contract import Context, Pass, PassResult
 from .functionalize import written_memory
 from .graph import call, name_of, path_of, sweep
 from .pattern import Match, NoMatch
-from .rewrite import Context, PassResult, reads_written, safe_to_replace
+from .rewrite import reads_written, safe_to_replace
 from .roles import find_role
 
 
@@ -86,3 +87,12 @@ def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
         sweep(graph)
         count += 1
     return PassResult(count, tuple(misses))
+
+
+#: Not in training: the activations write over what a backward pass reads.
+FUSE_MLP = Pass(
+    "fuse_mlp",
+    fuse_mlp,
+    provides=frozenset({"mlp_fused"}),
+    may_add=frozenset({"gated_mlp", "plain_mlp"}),
+)

@@ -6,10 +6,11 @@ import torch
 from torch import fx
 
 from .binding import weights_first
+from .contract import Context, Pass, PassResult
 from .functionalize import written_memory
 from .graph import call, calls, dtype_of, inside, name_of, order, path_of, sweep
 from .pattern import Match
-from .rewrite import Context, PassResult, Rule, apply_rule
+from .rewrite import Rule, apply_rule
 
 
 def _rms_norm(graph: fx.Graph, found: Match) -> fx.Node | None:
@@ -80,3 +81,22 @@ def fuse_add_norm(graph: fx.Graph, context: Context) -> PassResult:
         sweep(graph)
         count += 1
     return PassResult(count)
+
+
+FUSE_RMS_NORM = Pass(
+    "fuse_rms_norm",
+    fuse_rms_norm,
+    provides=frozenset({"rms_norms_fused"}),
+    conflicts=frozenset({"add_norms_fused"}),
+    may_add=frozenset({"rms_norm"}),
+    exact=True,
+    modes=frozenset({"inference", "training"}),
+)
+FUSE_ADD_NORM = Pass(
+    "fuse_add_norm",
+    fuse_add_norm,
+    provides=frozenset({"add_norms_fused"}),
+    may_add=frozenset({"add_rms_norm", "add_layer_norm", "getitem"}),
+    exact=True,
+    modes=frozenset({"inference", "training"}),
+)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from .contract import Context, Pass, PassResult
 from .graph import after, call, name_of
-from .rewrite import Context, PassResult
 
 
 def gather_weights(graph: fx.Graph, context: Context) -> PassResult:
@@ -26,3 +26,13 @@ def gather_weights(graph: fx.Graph, context: Context) -> PassResult:
                 user.replace_input_with(node, whole)
         count += 1
     return PassResult(count)
+
+
+GATHER_WEIGHTS = Pass(
+    "gather_weights",
+    gather_weights,
+    provides=frozenset({"gathered"}),
+    may_add=frozenset({"gather"}),
+    exact=True,
+    modes=frozenset({"inference", "training"}),
+)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from .contract import Context, Pass, PassResult
 from .graph import call, fresh_input, name_of, path_of, shape_of
 from .layers import ATTENTION
-from .rewrite import Context, PassResult
 
 #: What may stand between the projection and the output: it works on each value alone.
 _POINTWISE = ("truediv", "mul", "tanh", "to", "contiguous", "getitem", "add")
@@ -62,3 +62,12 @@ def keep_last_tokens(graph: fx.Graph, context: Context) -> PassResult:
             kept = call(graph, "last_tokens", node, keep, path="")
         output.args = (kept,)
     return PassResult(1)
+
+
+KEEP_LAST_TOKENS = Pass(
+    "keep_last_tokens",
+    keep_last_tokens,
+    provides=frozenset({"last_tokens"}),
+    may_add=frozenset({"last_tokens"}),
+    inputs=frozenset({"keep"}),
+)

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch import fx
 
-from .canonicalize import canonicalize
-from .concat import concat_gate_up, concat_qkv
-from .fold_lora import fold_lora
-from .fuse_mlp import fuse_mlp
-from .fuse_norm import fuse_add_norm, fuse_rms_norm
-from .gather import gather_weights
-from .last_tokens import keep_last_tokens
-from .rewrite import Pass
-from .thread_kv import thread_kv_decode, thread_kv_prefill
+from .canonicalize import CANONICALIZE
+from .concat import CONCAT_GATE_UP, CONCAT_QKV
+from .contract import Pass, Pipeline
+from .fold_lora import FOLD_LORA
+from .fuse_mlp import FUSE_MLP
+from .fuse_norm import FUSE_ADD_NORM, FUSE_RMS_NORM
+from .gather import GATHER_WEIGHTS
+from .last_tokens import KEEP_LAST_TOKENS
+from .thread_kv import THREAD_KV_DECODE, THREAD_KV_PREFILL
+
+_CANONICAL = frozenset({"canonical"})
 
 #: Brings any captured graph into the one spelling that all other passes expect.
-NORMALIZE: tuple[tuple[str, Pass], ...] = (("canonicalize", canonicalize),)
+NORMALIZE = Pipeline((CANONICALIZE,))
 
 #: Rewrites layers, by policy; each may be left out.
-OPTIONAL: tuple[tuple[str, Pass], ...] = (
-    ("fuse_rms_norm", fuse_rms_norm),
-    ("fold_lora", fold_lora),
-    ("concat_qkv", concat_qkv),
-    ("concat_gate_up", concat_gate_up),
-    ("fuse_mlp", fuse_mlp),
-    ("fuse_add_norm", fuse_add_norm),
+OPTIONAL = Pipeline(
+    (FUSE_RMS_NORM, FOLD_LORA, CONCAT_QKV, CONCAT_GATE_UP, FUSE_MLP, FUSE_ADD_NORM),
+    given=_CANONICAL,
 )
 
 #: Puts a gather behind every weight; hoisting follows it.
-STAGE: tuple[tuple[str, Pass], ...] = (("gather_weights", gather_weights),)
+STAGE = Pipeline((GATHER_WEIGHTS,), given=_CANONICAL)
 
 #: What makes the body a prefill and a decode graph.
-PREFILL: tuple[tuple[str, Pass], ...] = (
-    ("thread_kv_prefill", thread_kv_prefill),
-    ("keep_last_tokens", keep_last_tokens),
-)
-DECODE: tuple[tuple[str, Pass], ...] = (
-    ("thread_kv_decode", thread_kv_decode),
-    ("keep_last_tokens", keep_last_tokens),
+PREFILL = Pipeline((THREAD_KV_PREFILL, KEEP_LAST_TOKENS), given=_CANONICAL)
+DECODE = Pipeline((THREAD_KV_DECODE, KEEP_LAST_TOKENS), given=_CANONICAL)
+
+#: Every pass of the library by its name.
+PASSES: Mapping[str, Pass] = MappingProxyType(
+    {one.name: one for part in (NORMALIZE, OPTIONAL, STAGE, PREFILL, DECODE) for one in part}
 )
 
 

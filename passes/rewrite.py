@@ -1,27 +1,15 @@
-"""Rules, passes and the driver that runs a pipeline of them.
-
-A *rule* is a pattern and a function that builds the replacement from a match, or declines with
-``None``. A *pass* is a named function ``(graph, context) -> PassResult``. A *pipeline* is an
-ordered tuple of passes; the specification is checked behind each one.
-"""
+"""Rules: a pattern, and a function that builds the replacement from a match or declines."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass
 
 from torch import fx
 
 from .functionalize import written_memory
-from .graph import inside, name_of, sweep
-from .pattern import Match, NoMatch, Pattern, match
-from .spec import check_graph
-
-logger = logging.getLogger("hybrid_fx")
+from .graph import inside, sweep
+from .pattern import Match, Pattern, match
 
 
 @dataclass(frozen=True)
@@ -30,47 +18,6 @@ class Rule:
 
     pattern: Pattern
     build: Callable[[fx.Graph, Match], fx.Node | None]
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """What one pass did: how many places it rewrote, and where it declined and why."""
-
-    count: int
-    misses: tuple[tuple[str, NoMatch], ...] = ()
-
-
-@dataclass
-class Context:
-    """What passes are told beside the graph.
-
-    Attributes:
-        layers: Module path of each decoder layer and the policy that describes it.
-        fusions: ``"all"`` of them, or those with a ``"measured"`` gain on the layer's family.
-        side: Suffixes of module paths whose LoRA stays a branch, e.g. ``"self_attn.q_proj"``.
-    """
-
-    layers: Mapping[str, Any] = field(default_factory=dict)
-    side: frozenset[str] = frozenset()
-    fusions: str = "all"
-
-    def wants(self, fusion: str, layer: Any) -> bool:
-        """Whether ``fusion`` is to be made in a layer that matched as ``layer`` says."""
-        return self.fusions == "all" or fusion in layer.policy.gains
-
-
-Pass = Callable[[fx.Graph, Context], PassResult]
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """One line of a pipeline's log: what a pass changed, in operation counts and seconds."""
-
-    name: str
-    result: PassResult
-    added: Mapping[str, int]
-    removed: Mapping[str, int]
-    seconds: float
 
 
 def safe_to_replace(found: Match, outputs: Iterable[fx.Node] = ()) -> bool:
@@ -110,24 +57,3 @@ def apply_rule(graph: fx.Graph, rule: Rule, *, within: str = "") -> int:
     if count:
         sweep(graph)
     return count
-
-
-def run_passes(
-    graph: fx.Graph, passes: Sequence[tuple[str, Pass]], context: Context
-) -> tuple[PassRecord, ...]:
-    """Run a pipeline over ``graph`` in place.
-
-    Raises:
-        IllegalGraphError: where a pass leaves a graph that the specification refuses.
-    """
-    records = []
-    for name, function in passes:
-        before = Counter(name_of(node) or node.op for node in graph.nodes)
-        start = time.perf_counter()
-        result = function(graph, context)
-        check_graph(graph, stage=name)
-        after = Counter(name_of(node) or node.op for node in graph.nodes)
-        seconds = time.perf_counter() - start
-        records.append(PassRecord(name, result, after - before, before - after, seconds))
-        logger.debug("pass %s: %d rewritten in %.3f s", name, result.count, seconds)
-    return tuple(records)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from .contract import Context, Pass, PassResult
 from .graph import call, calls, dtype_of, fresh_input, path_of, shape_of
 from .pattern import NoMatch
-from .rewrite import Context, PassResult
 
 #: Of the attention op: window, softcap, sinks, dropout.
 _DEFAULTS = (0, 0.0, None, 0.0)
@@ -89,3 +89,23 @@ def thread_kv_prefill(graph: fx.Graph, context: Context) -> PassResult:
 def thread_kv_decode(graph: fx.Graph, context: Context) -> PassResult:
     """Attention over the workspace for one new token a row."""
     return _thread(graph, "attend_one")
+
+
+_INPUTS = frozenset({"keys", "values", "slots", "key_valid", "pitch"})
+
+THREAD_KV_PREFILL = Pass(
+    "thread_kv_prefill",
+    thread_kv_prefill,
+    provides=frozenset({"threaded"}),
+    conflicts=frozenset({"threaded"}),
+    may_add=frozenset({"attend"}),
+    inputs=_INPUTS,
+)
+THREAD_KV_DECODE = Pass(
+    "thread_kv_decode",
+    thread_kv_decode,
+    provides=frozenset({"threaded"}),
+    conflicts=frozenset({"threaded"}),
+    may_add=frozenset({"attend_one"}),
+    inputs=_INPUTS,
+)

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import fx
 
+from ..passes.contract import Context
+from ..passes.driver import PassRecord, run_passes
 from ..passes.emit import emit
 from ..passes.fold_lora import site_of
 from ..passes.graph import calls, inside, name_of, path_of, shape_of, value_of
@@ -18,7 +20,6 @@ from ..passes.layers import layer_paths
 from ..passes.operators import OPERATORS
 from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, copy_graph
 from ..passes.policies import POLICIES
-from ..passes.rewrite import Context, PassRecord, run_passes
 from ..passes.roles import LayerMatch, match_layer
 from ..passes.spec import THREADED, check_graph
 from ..passes.thread_kv import kv_shapes
@@ -67,13 +68,12 @@ def build_plan(
         guards: What the capture assumed beside the model, see :mod:`hybrid_fx.capture`.
         side: Adapted modules, relative to their layer, whose LoRA stays a branch.
         disable_passes: Names of optional passes to leave out.
-        fusions: ``"measured"`` or ``"all"``, see :class:`~hybrid_fx.passes.rewrite.Context`.
+        fusions: ``"measured"`` or ``"all"``, see :class:`~hybrid_fx.passes.contract.Context`.
     """
     graph = copy_graph(canonical)
     layers = {path: match_layer(graph, path, POLICIES) for path in layer_paths(graph)}
     context = Context(layers=layers, side=side, fusions=fusions)
-    wanted = tuple((name, run) for name, run in OPTIONAL if name not in disable_passes)
-    records = run_passes(graph, wanted + STAGE, context)
+    records = run_passes(graph, OPTIONAL.without(disable_passes) + STAGE, context)
     reports = [_report(graph, match, records) for match in layers.values()]
     kv = tuple(
         KVLayer(

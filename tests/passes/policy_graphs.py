@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hybrid_fx.passes.contract import Context
+from hybrid_fx.passes.driver import run_passes
 from hybrid_fx.passes.layers import layer_paths
 from hybrid_fx.passes.pipeline import OPTIONAL
 from hybrid_fx.passes.policies import POLICIES
-from hybrid_fx.passes.rewrite import Context, run_passes
 from hybrid_fx.passes.roles import match_layer
 
 
@@ -22,8 +23,8 @@ def layers_of(graph: fx.Graph, **options: Any) -> Context:
 
 def through(graph: fx.Graph, *names: str, told: Context | None = None) -> list[int]:
     """Run the optional passes of these names, in the order of the pipeline; their counts."""
-    passes = tuple((name, function) for name, function in OPTIONAL if name in names)
-    records = run_passes(graph, passes, told or layers_of(graph))
+    left_out = set(OPTIONAL.names) - set(names)
+    records = run_passes(graph, OPTIONAL.without(left_out), told or layers_of(graph))
     return [record.result.count for record in records]
 
 

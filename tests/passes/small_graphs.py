@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.operators import OPERATORS
 from hybrid_fx.passes.policies import POLICIES
-from hybrid_fx.passes.rewrite import Context
 from hybrid_fx.passes.roles import Policy, match_layer
 
 

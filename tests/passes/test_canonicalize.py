@@ -12,8 +12,8 @@ from small_graphs import Builder, count, run, same, text, values
 from torch import fx
 
 from hybrid_fx.passes.canonicalize import canonicalize
+from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.graph import calls
-from hybrid_fx.passes.rewrite import Context
 from hybrid_fx.passes.spec import IllegalGraphError, check_graph
 
 Make = Callable[[Builder, fx.Node, fx.Node], fx.Node]

@@ -10,9 +10,9 @@ from small_graphs import Builder, count, far, run, same, text, values
 from torch import fx
 
 from hybrid_fx.passes.binding import weight_only
+from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.fold_lora import fold_lora, site_of
 from hybrid_fx.passes.graph import calls
-from hybrid_fx.passes.rewrite import Context
 from hybrid_fx.passes.spec import check_graph
 
 PLACE = "model.layers.0.self_attn.q_proj"

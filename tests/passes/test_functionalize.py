@@ -13,10 +13,10 @@ from small_graphs import Builder, count, run, same, text, values
 from torch import fx
 
 from hybrid_fx.passes.canonicalize import canonicalize
+from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.functionalize import functionalize, written_memory
 from hybrid_fx.passes.graph import name_of
 from hybrid_fx.passes.operators import IN_PLACE
-from hybrid_fx.passes.rewrite import Context
 from hybrid_fx.passes.spec import IllegalGraphError, check_graph
 
 

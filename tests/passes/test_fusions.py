@@ -17,13 +17,13 @@ from small_graphs import Builder, count, far, run, same, text, values
 from torch import fx
 
 from hybrid_fx.passes.concat import concat_gate_up, concat_qkv
+from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.fuse_mlp import fuse_mlp
 from hybrid_fx.passes.fuse_norm import fuse_add_norm, fuse_rms_norm
 from hybrid_fx.passes.graph import calls
 from hybrid_fx.passes.pattern import Match, match
 from hybrid_fx.passes.policies import POLICIES
 from hybrid_fx.passes.policies.patterns import activation, gated_mlp
-from hybrid_fx.passes.rewrite import Context
 from hybrid_fx.passes.roles import LayerMatch, Policy, Role
 from hybrid_fx.passes.spec import check_graph
 

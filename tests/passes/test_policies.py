@@ -12,12 +12,14 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 from hybrid_fx.capture import capture
+from hybrid_fx.passes.concat import CONCAT_QKV
+from hybrid_fx.passes.contract import Pipeline
+from hybrid_fx.passes.driver import run_passes
 from hybrid_fx.passes.graph import calls
 from hybrid_fx.passes.layers import layer_of, layer_paths
 from hybrid_fx.passes.pattern import NoMatch
 from hybrid_fx.passes.pipeline import OPTIONAL
 from hybrid_fx.passes.policies import POLICIES
-from hybrid_fx.passes.rewrite import run_passes
 from hybrid_fx.plan.build import build_plan, normalize
 
 FITS = {
@@ -48,7 +50,7 @@ def test_all_fusions_together_keep_the_numbers(kind: str) -> None:
     graph = canonical(kind)
     given = weights(model_of(kind))
     before = logits(graph, given)
-    through(graph, *(name for name, _ in OPTIONAL))
+    through(graph, *OPTIONAL.names)
     assert far(logits(graph, given), before) < 1e-5
 
 
@@ -56,7 +58,7 @@ def test_all_fusions_together_keep_the_numbers(kind: str) -> None:
 def test_a_second_run_of_all_fusions_changes_nothing(kind: str) -> None:
     graph = canonical(kind)
     told = layers_of(graph)
-    names = [name for name, _ in OPTIONAL]
+    names = OPTIONAL.names
     through(graph, *names, told=told)
     before = str(graph)
     assert sum(through(graph, *names, told=told)) == 0
@@ -119,8 +121,8 @@ def test_a_projection_of_another_input_is_not_joined_with_the_others() -> None:
     attention.q_proj = _Projection(attention.q_proj, product=False)
     graph = normalize(capture(model).graph)
     before = logits(graph, weights(model))
-    passes = [(name, run) for name, run in OPTIONAL if name == "concat_qkv"]
-    (record,) = run_passes(graph, passes, layers_of(graph))
+    pipeline = Pipeline((CONCAT_QKV,), given={"canonical"})
+    (record,) = run_passes(graph, pipeline, layers_of(graph))
     assert record.result.count == 1
     ((path, missed),) = record.result.misses
     assert path == "model.layers.1"

@@ -96,7 +96,7 @@ def _holds(config: Any) -> None:
         wanted = model(input_ids=ids, position_ids=at, use_cache=False).logits
     assert far(logits(graph, held), wanted) < 1e-6
     rewritten = copy_graph(graph)
-    through(rewritten, *(name for name, _ in OPTIONAL), told=layers_of(rewritten))
+    through(rewritten, *OPTIONAL.names, told=layers_of(rewritten))
     assert far(logits(rewritten, held), wanted) < 1e-6
     plan = build_plan(graph, model="random", vocab_size=64, fusions="all")
     for row in plan.manifest.layers:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from small_graphs import Builder, count, run, same, text, values
 from torch import fx
 
+from hybrid_fx.passes.contract import Context, Pass, PassResult, Pipeline
+from hybrid_fx.passes.driver import run_passes
 from hybrid_fx.passes.graph import call, path_of
 from hybrid_fx.passes.pattern import Any, Call, Match, match
 from hybrid_fx.passes.pipeline import copy_graph
-from hybrid_fx.passes.rewrite import (
-    Context,
-    PassResult,
-    Rule,
-    apply_rule,
-    run_passes,
-    safe_to_replace,
-)
+from hybrid_fx.passes.rewrite import Rule, apply_rule, safe_to_replace
 from hybrid_fx.passes.spec import IllegalGraphError
 
 DOUBLE = Call("add", Any("x", node=True), Any("x"))
@@ -33,6 +30,11 @@ def _doubled() -> fx.Graph:
     one = build.call("add", x, x, path="a")
     two = build.call("add", one, one, path="b")
     return build.output(two)
+
+
+def _free(name: str, run: Callable[[fx.Graph, Context], PassResult]) -> Pass:
+    """A pass that needs nothing."""
+    return Pass(name, run, requires=frozenset())
 
 
 def test_a_rule_rewrites_every_place_and_keeps_the_numbers() -> None:
@@ -122,7 +124,13 @@ def test_a_pipeline_records_names_counts_and_what_changed() -> None:
     def nothing(graph: fx.Graph, context: Context) -> PassResult:
         return PassResult(0)
 
-    first, second = run_passes(graph, (("double", double), ("nothing", nothing)), Context())
+    pipeline = Pipeline(
+        (
+            Pass("double", double, requires=frozenset(), may_add=frozenset({"mul"})),
+            _free("nothing", nothing),
+        )
+    )
+    first, second = run_passes(graph, pipeline, Context())
     assert (first.name, first.result.count, second.name) == ("double", 2, "nothing")
     assert dict(first.added) == {"mul": 2}
     assert dict(first.removed) == {"add": 2}
@@ -139,7 +147,15 @@ def test_a_pass_that_leaves_an_illegal_graph_is_named() -> None:
         return PassResult(1)
 
     with pytest.raises(IllegalGraphError, match="after break_it: node add in 'a'"):
-        run_passes(_doubled(), (("break_it", break_it),), Context())
+        run_passes(_doubled(), Pipeline((_free("break_it", break_it),)), Context())
+
+
+def test_a_pass_that_adds_what_it_did_not_declare_is_named() -> None:
+    def double(graph: fx.Graph, context: Context) -> PassResult:
+        return PassResult(apply_rule(graph, Rule(DOUBLE, _twice)))
+
+    with pytest.raises(IllegalGraphError, match=r"after double: 2 more mul than before.*may_add"):
+        run_passes(_doubled(), Pipeline((_free("double", double),)), Context())
 
 
 def test_a_copied_graph_is_a_graph_of_its_own() -> None:

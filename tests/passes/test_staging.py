@@ -11,11 +11,11 @@ from small_graphs import Builder, count, far, run, same, text, values
 from torch import fx
 
 from hybrid_fx.passes.binding import weight_only, weights_first
+from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.gather import gather_weights
 from hybrid_fx.passes.graph import calls, name_of
 from hybrid_fx.passes.hoist import hoist
 from hybrid_fx.passes.last_tokens import keep_last_tokens
-from hybrid_fx.passes.rewrite import Context
 from hybrid_fx.passes.spec import THREADED, check_graph
 from hybrid_fx.passes.thread_kv import kv_shapes, thread_kv_decode, thread_kv_prefill
 
