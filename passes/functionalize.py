@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .graph import name_of, order, value_of
+from .graph import fake_values, name_of, order, value_of
 from .operators import IN_PLACE, OPERATORS
 
 #: In-place spelling -> (functional operator, in-place operator of the table).
@@ -105,7 +105,7 @@ def _same_kind(node: fx.Node, plain: str) -> bool:
     if not isinstance(written, FakeTensor) or any(value is None for value in values[1:]):
         return False
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    with written.fake_mode, torch.no_grad():
+    with fake_values(written.fake_mode):
         result = OPERATORS[plain](*args, **kwargs)
     return result.dtype == written.dtype and tuple(result.shape) == tuple(written.shape)
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .operators import EFFECTS, INPLACE_AT, OPERATORS, operator_name
 
@@ -107,6 +108,15 @@ def call(graph: fx.Graph, operator: str, *args: Any, path: str, **kwargs: Any) -
     return node
 
 
+@contextlib.contextmanager
+def fake_values(mode: FakeTensorMode) -> Iterator[None]:
+    """Compute on fake tensors of ``mode``, without gradients."""
+    # As Dynamo does it: torch 2.11 asks matmul for its number of elements otherwise, which a
+    # symbolic size does not have. Tried on torch 2.11 and 2.13.
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        yield
+
+
 def evaluate(node: fx.Node) -> Any:
     """The fake value of a node from those of its arguments; ``None`` where one is unknown."""
     known = all(value_of(arg) is not None for arg in node.all_input_nodes)
@@ -117,7 +127,7 @@ def evaluate(node: fx.Node) -> Any:
     if not known or mode is None or operator_name(node.target) in EFFECTS:
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    with mode, torch.no_grad():
+    with fake_values(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
