@@ -20,13 +20,17 @@ READY  := $(VENV)/.ready
 PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 TYPED  := build/typed
 
-.PHONY: test test-deep demo bench lint format clean
+.PHONY: test test-deep golden demo bench lint format clean
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
 
 test-deep: $(READY)
 	HYPOTHESIS_PROFILE=deep $(PYTEST) -m deep $(ARGS)
+
+# The generated sources that tests/golden keeps, written anew.
+golden: $(READY)
+	$(RUN) tests/golden/regenerate.py
 
 demo: $(READY)
 	$(RUN) examples/grpo.py $(ARGS)
