@@ -45,6 +45,10 @@ class PipelineError(ValueError):
     """Passes do not fit together; the message names both and the remedy."""
 
 
+class PassError(RuntimeError):
+    """A pass broke its contract while it ran; the message names it and the remedy."""
+
+
 @dataclass(frozen=True)
 class PassResult:
     """What one pass did: how many places it rewrote, and where it declined and why."""

@@ -14,12 +14,17 @@ from torch import fx
 from .functionalize import bases
 from .graph import name_of
 from .operators import IN_PLACE, operator_name
+from .show import neighbourhood
 
 Rule = Callable[[fx.Node], str | None]
 
 
 class IllegalGraphError(ValueError):
-    """A graph breaks the specification; the message names the pass, the node and its neighbours."""
+    """A graph breaks the specification.
+
+    The first line of the message names the pass, the node and its place, and what is wrong; the
+    lines below it show the graph around the node.
+    """
 
 
 def known_kind(node: fx.Node) -> str | None:
@@ -109,18 +114,31 @@ def check_graph(graph: fx.Graph, *, stage: str, rules: Sequence[Rule] = RULES) -
     """Check every node of a graph.
 
     Raises:
-        IllegalGraphError: naming ``stage``, the node, what is wrong, its inputs and its users.
+        IllegalGraphError: naming ``stage``, the node and what is wrong, with its neighbours.
     """
-    try:
-        graph.lint()
-    except RuntimeError as error:  # a use before its definition, a node of another graph
-        raise IllegalGraphError(f"after {stage}: {str(error).splitlines()[0]}") from error
+    before: set[fx.Node] = set()
     for node in graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in before:
+                raise refused(stage, node, f"it reads {source.name} {_too_early(node, source)}")
+        before.add(node)
         for rule in rules:
             if complaint := rule(node):
-                inputs = ", ".join(n.name for n in node.all_input_nodes) or "none"
-                users = ", ".join(n.name for n in node.users) or "none"
-                raise IllegalGraphError(
-                    f"after {stage}: node {node.name} in {node.meta.get('path', '?')!r}: "
-                    f"{complaint} (inputs: {inputs}; users: {users})"
-                )
+                raise refused(stage, node, complaint)
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise IllegalGraphError(f"after {stage}: {str(error).splitlines()[0]}") from error
+
+
+def _too_early(node: fx.Node, source: fx.Node) -> str:
+    there = source.graph is node.graph and any(n is source for n in node.graph.nodes)
+    return "before it has been defined" if there else "which is not a node of this graph"
+
+
+def refused(stage: str, node: fx.Node, complaint: str) -> IllegalGraphError:
+    """The error that says what is wrong with a node behind the pass ``stage``, and shows it."""
+    return IllegalGraphError(
+        f"after {stage}: node {node.name} in {node.meta.get('path', '?')!r}: {complaint}\n"
+        f"{neighbourhood(node)}"
+    )
