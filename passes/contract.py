@@ -30,6 +30,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "add_norms_fused": "a residual sum and the norm that reads it are one operator",
         "gathered": "every weight reaches the graph through a gather",
         "threaded": "attention reads and writes the KV workspace",
+        "takes_embeds": "embeddings may stand in for token ids",
         "last_tokens": "logits are computed for the last keep tokens only",
     }
 )

@@ -131,6 +131,11 @@ def wide(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
+def given(embeds: Tensor | None, computed: Tensor) -> Tensor:
+    """Embeddings [B, T, E] from the caller where there are any, else what the ids gave."""
+    return computed if embeds is None else embeds
+
+
 def last_tokens(x: Tensor, keep: int) -> Tensor:
     """The last ``keep`` tokens of x [B, T, E]: [B, keep, E]."""
     # Contiguous: over a strided input, the head's product copies its weight once a row.

@@ -15,6 +15,7 @@ from .fuse_mlp import FUSE_MLP
 from .fuse_norm import FUSE_ADD_NORM, FUSE_RMS_NORM
 from .gather import GATHER_WEIGHTS
 from .last_tokens import KEEP_LAST_TOKENS
+from .take_embeds import TAKE_EMBEDS
 from .thread_kv import THREAD_KV_DECODE, THREAD_KV_PREFILL
 
 _CANONICAL = frozenset({"canonical"})
@@ -32,7 +33,7 @@ OPTIONAL = Pipeline(
 STAGE = Pipeline((GATHER_WEIGHTS,), given=_CANONICAL)
 
 #: What makes the body a prefill and a decode graph.
-PREFILL = Pipeline((THREAD_KV_PREFILL, KEEP_LAST_TOKENS), given=_CANONICAL)
+PREFILL = Pipeline((THREAD_KV_PREFILL, KEEP_LAST_TOKENS, TAKE_EMBEDS), given=_CANONICAL)
 DECODE = Pipeline((THREAD_KV_DECODE, KEEP_LAST_TOKENS), given=_CANONICAL)
 
 #: Every pass of the library by its name.

@@ -86,7 +86,7 @@ def generate(
         route, why = choose(request)
         made = None
         if route is not Route.MODULE:
-            made = runner if runner is None or hasattr(runner, "session") else runner()
+            made = runner() if callable(runner) else runner
             if made is None:
                 route, why = Route.MODULE, "no captured graph"
         if made is not None and route is Route.FAST:

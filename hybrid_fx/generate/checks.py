@@ -24,6 +24,8 @@ def check_request(request: Request) -> None:
     if request.ids is not None:
         _check_ids(request.ids, _vocabulary(request.causal))
         _check_mask(request.ids, request.model_kwargs)
+    if request.embeds is not None:
+        _check_embeds(request.embeds, request.causal)
     _check_positions(request)
 
 
@@ -98,10 +100,22 @@ def _check_mask(ids: Tensor, model_kwargs: dict[str, Any]) -> None:
             )
 
 
+def _check_embeds(embeds: Any, causal: Any) -> None:
+    table = getattr(causal.get_input_embeddings(), "weight", None)
+    size = table.shape[-1] if isinstance(table, Tensor) and table.dim() == 2 else None
+    shape = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+    fits = isinstance(embeds, Tensor) and embeds.dim() == 3 and embeds.is_floating_point()
+    if not fits or not embeds.numel() or (size and embeds.shape[2] != size):
+        raise InputError(
+            f"inputs_embeds is {shape}; give one floating-point embedding to each token of a "
+            f"prompt: [B, T, {size or 'E'}]"
+        )
+
+
 def _check_positions(request: Request) -> None:
     limit = position_limit(request.causal.config)
     new_tokens = request.total - request.prompt
-    if limit is None or new_tokens < 1 or request.model_kwargs.get("inputs_embeds") is not None:
+    if limit is None or new_tokens < 1:
         return
     start = _longest(request)
     needed = start + new_tokens - 1  # the last token is returned and never fed

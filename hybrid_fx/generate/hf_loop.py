@@ -10,10 +10,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import HybridError
+from .embeds import embeds_fault
 from .guard import instance_attribute
 from .loop import Columns, prompt_columns
 from .protocol import Runner
@@ -41,7 +44,8 @@ def generate_by_loop(request: Request, runner: Runner) -> Any:
     """Run HF's ``generate`` with our forward and cache.
 
     Returns:
-        What HF's loop returns; its ``past_key_values`` holds the token ids only.
+        What HF's loop returns. Its ``past_key_values`` is the caller's own cache, extended; where
+        none was given it holds the token ids only.
 
     Raises:
         UnservedError: where the forward is asked for more than logits of token ids.
@@ -52,16 +56,30 @@ def generate_by_loop(request: Request, runner: Runner) -> Any:
     if not cached:
         request.fix("use_cache", True)
     causal = request.causal
-    cache = SessionCache(causal.config.get_text_config(decoder=True).num_hidden_layers)
+    depth = causal.config.get_text_config(decoder=True).num_hidden_layers
+    cache = SessionCache(depth, origin=_origin(request))
     forward = session_forward(causal, runner, cache, capacity=request.total)
     try:
         with instance_attribute(causal, "forward", forward):
             result = request.generate_by_hf(past_key_values=cache)
+        cache.give_back()
     finally:
         cache.release()
-    if cached or isinstance(result, Tensor):
+    if isinstance(result, Tensor):
+        return result
+    if cached and cache.origin is not None:
+        result["past_key_values"] = cache.origin
+        return result
+    if cached:
         return result
     return type(result)(**{k: v for k, v in result.items() if k != "past_key_values"})
+
+
+def _origin(request: Request) -> Any:
+    """The caller's cache; a new one where no token ids could be kept to start from again."""
+    origin = request.model_kwargs.get("past_key_values")
+    wanted = request.embeds is not None and request.setting("return_dict_in_generate")
+    return DynamicCache(config=request.causal.config) if origin is None and wanted else origin
 
 
 def session_forward(
@@ -78,32 +96,47 @@ def session_forward(
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         others = {name: value for name, value in others.items() if name not in WITHOUT_EFFECT}
         asked = [name for name, value in others.items() if value is not None and value is not False]
-        if input_ids is None:
-            asked.append("inputs_embeds")
         if isinstance(logits_to_keep, Tensor):
             asked.append("logits_to_keep as a tensor")
+        if inputs_embeds is not None:
+            asked += filter(None, [embeds_fault(causal, runner, inputs_embeds)])
+            input_ids = inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.int64)
+        assert input_ids is not None
+        batch, width = input_ids.shape
         if position_ids is not None and not _fits(position_ids, input_ids):
             asked.append(f"position_ids of shape {list(position_ids.shape)}")
-        if cache.session is None and attention_mask is not None:
+        begun = cache.session is not None
+        if not begun and attention_mask is not None:
             asked += filter(None, [padding_fault(attention_mask)])
+            if attention_mask.shape != (batch, cache.get_seq_length() + width):
+                asked.append(f"an attention mask of shape {list(attention_mask.shape)}")
         if asked:
-            raise UnservedError(", ".join(asked), begun=cache.session is not None)
+            raise UnservedError(", ".join(asked), begun=begun)
 
-        assert input_ids is not None
         assert isinstance(logits_to_keep, int)
-        batch, width = input_ids.shape
-        if cache.session is None:
-            cache.session = runner.session(batch=batch, capacity=max(capacity, width))
+        if not begun:
+            room = max(capacity, cache.get_seq_length() + width)
+            try:
+                cache.open(runner.session(batch=batch, capacity=room), attention_mask)
+            except ValueError as error:
+                cache.release()
+                raise UnservedError(f"a prefix in past_key_values: {error}", begun=False) from error
         elif past_key_values is None:
             cache.reset()  # the loop starts over with the whole sequence
+        assert cache.session is not None
         columns = next_columns(input_ids, attention_mask, position_ids, cache.get_seq_length())
         logits = cache.session.forward(
-            columns.ids, columns.positions, columns.valid, keep=logits_to_keep or width
+            columns.ids.clamp_min(0),
+            columns.positions,
+            columns.valid,
+            keep=logits_to_keep or width,
+            embeds=inputs_embeds,
         )
         cache.append(columns.ids)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -123,8 +156,8 @@ def next_columns(ids: Tensor, mask: Tensor | None, positions: Tensor | None, hel
     )
 
 
-def _fits(positions: Tensor, ids: Tensor | None) -> bool:
+def _fits(positions: Tensor, ids: Tensor) -> bool:
     """Whether positions are ``[B, T]``, or ``[1, T]`` for all rows."""
-    if ids is None or positions.dim() != 2 or positions.shape[1] != ids.shape[1]:
+    if positions.dim() != 2 or positions.shape[1] != ids.shape[1]:
         return False
     return positions.shape[0] in (1, ids.shape[0])

@@ -5,6 +5,7 @@ Structural types: whatever has these members can be generated from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -28,6 +29,7 @@ class Session(Protocol):
         key_valid: Tensor | None = None,
         *,
         keep: int = 1,
+        embeds: Tensor | None = None,
     ) -> Tensor:
         """Append T columns and return the logits of the last ``keep``.
 
@@ -36,10 +38,26 @@ class Session(Protocol):
             position_ids: int64 ``[B, T]``.
             key_valid: bool ``[B, T]``, False where nobody may look; ``None`` is all True.
             keep: How many trailing columns to return logits for, 1 to T.
+            embeds: ``[B, T, E]``, what to compute from in place of the ids.
 
         Returns:
             ``[B, keep, V]`` in the dtype of the model's logits.
         """
+
+    def load(self, prefix: Sequence[tuple[Tensor, Tensor]], key_valid: Tensor) -> None:
+        """Append P columns whose keys and values are known.
+
+        Args:
+            prefix: One pair ``[B, K, P, D]`` a layer; a windowed layer may give its last columns
+                alone.
+            key_valid: bool ``[B, P]``, False where nobody may look.
+
+        Raises:
+            ValueError: where the pairs are not of the session's rows, layers, sizes and dtype.
+        """
+
+    def read(self, start: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """Keys and values ``[B, K, S - start, D]`` of the columns from ``start`` on, copies."""
 
     def reorder(self, rows: Tensor) -> None:
         """Continue with new rows: row ``i`` is old row ``rows[i]`` (int64 ``[B']``)."""
@@ -52,7 +70,13 @@ class Session(Protocol):
 
 
 class Runner(Protocol):
-    """Makes sessions on one prepared plan."""
+    """Makes sessions on one prepared plan.
+
+    Attributes:
+        takes_embeds: Whether its sessions take ``embeds``; None where that was not proven yet.
+    """
+
+    takes_embeds: bool | None
 
     def session(self, *, batch: int, capacity: int) -> Session:
         """A new session of ``batch`` empty rows, ``capacity`` columns reserved (it may grow)."""

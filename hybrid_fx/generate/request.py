@@ -47,9 +47,14 @@ class Request:
     total: int
 
     @property
+    def embeds(self) -> Tensor | None:
+        """Embeddings given in place of a prompt, ``[B, T, E]``."""
+        return self.model_kwargs.get("inputs_embeds")
+
+    @property
     def prompt(self) -> int:
-        """T, the columns of the prompt (1 where HF starts from BOS)."""
-        return 1 if self.ids is None else self.ids.shape[1]
+        """T, the columns of the prompt."""
+        return _columns(self.ids, self.embeds)
 
     def setting(self, name: str) -> Any:
         """A field of the resolved generation config, None where this transformers lacks it."""
@@ -104,7 +109,7 @@ def resolve(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         holder is None or getattr(holder, "max_length", None) is None
         for holder in (given, causal.generation_config)
     )
-    prompt = 1 if ids is None else ids.shape[1]
+    prompt = _columns(ids, model_kwargs.get("inputs_embeds"))
     if config.max_new_tokens is not None:
         total = prompt + config.max_new_tokens
     elif default_length and settings.get("max_length") is None:
@@ -147,6 +152,13 @@ def _prompt(causal: Any, inputs: Any, model_kwargs: Mapping[str, Any]) -> Tensor
             + ("; add the batch: input_ids[None]" if ids.dim() == 1 else "")
         )
     return ids
+
+
+def _columns(ids: Tensor | None, embeds: Any) -> int:
+    """Of a prompt; 1 where HF starts from BOS."""
+    if isinstance(embeds, Tensor) and embeds.dim() == 3:
+        return embeds.shape[1]
+    return 1 if ids is None else ids.shape[1]
 
 
 def _default_total(causal: Any, config: Any, prompt: int) -> int:

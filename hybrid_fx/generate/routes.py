@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.utils import GenerationMixin
 
+from .hf_cache import cache_fault
 from .request import Request
 
 
@@ -58,6 +59,8 @@ PLAIN_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"),
     *("output_attentions", "output_hidden_states"),  # these have a rule of their own
 )
+# What a prompt may start from beside or in place of token ids.
+STARTING_INPUTS = ("inputs_embeds", "past_key_values")
 # These override prepare_inputs_for_generation for the sake of long rope only.
 PLAIN_WITHOUT_LONGROPE = ("Phi3ForCausalLM", "PhimoeForCausalLM")
 
@@ -92,7 +95,8 @@ def _peft(r: Request) -> str | None:
 
 
 def _inputs(r: Request) -> str | None:
-    given = [k for k, v in r.model_kwargs.items() if v is not None and k not in PLAIN_INPUTS]
+    known = (*PLAIN_INPUTS, *STARTING_INPUTS)
+    given = [k for k, v in r.model_kwargs.items() if v is not None and k not in known]
     return f"model inputs {', '.join(sorted(given))}" if given else None
 
 
@@ -190,6 +194,18 @@ def _loop_mode(r: Request) -> str | None:
     return None if r.mode in ("greedy_search", "sample") else r.mode.replace("_", " ")
 
 
+def _start(r: Request) -> str | None:
+    given = [k for k in STARTING_INPUTS if r.model_kwargs.get(k) is not None]
+    return " and ".join(given) or None
+
+
+def _prefix(r: Request) -> str | None:
+    cache = r.model_kwargs.get("past_key_values")
+    if cache is None:
+        return None
+    return "past_key_values without use_cache" if not r.setting("use_cache") else cache_fault(cache)
+
+
 def _stop_strings(r: Request) -> str | None:
     return "stop_strings" if r.setting("stop_strings") is not None else None
 
@@ -197,7 +213,7 @@ def _stop_strings(r: Request) -> str | None:
 def _wrapped(r: Request) -> str | None:
     """HF's loop calls the module, so what is wrapped around its call would run once more."""
     causal, own_inputs = r.causal, _own_inputs(r)
-    needed = _loop_mode(r) or _stop_strings(r) or own_inputs
+    needed = _loop_mode(r) or _stop_strings(r) or _start(r) or own_inputs
     if needed is None:
         return None
     if own_inputs and r.arguments.get("streamer") is not None:
@@ -215,6 +231,7 @@ RULES: tuple[Rule, ...] = (
     Rule("architecture", Route.MODULE, _architecture),
     Rule("peft", Route.MODULE, _peft),
     Rule("inputs", Route.MODULE, _inputs),
+    Rule("prefix", Route.MODULE, _prefix),
     Rule("positions", Route.MODULE, _positions),
     Rule("padding", Route.MODULE, _padding),
     Rule("outputs", Route.MODULE, _outputs),
@@ -226,6 +243,7 @@ RULES: tuple[Rule, ...] = (
     Rule("autocast", Route.MODULE, _autocast),
     Rule("wrapped", Route.MODULE, _wrapped),
     Rule("loop mode", Route.HF_LOOP, _loop_mode),
+    Rule("start", Route.HF_LOOP, _start),
     Rule("stop strings", Route.HF_LOOP, _stop_strings),
     Rule("own inputs", Route.HF_LOOP, _own_inputs),
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import InputError
+from .hf_cache import extend, prefix_of
 from .protocol import Session
 
 
@@ -21,14 +22,38 @@ class SessionCache(Cache):  # type: ignore[misc]
 
     Attributes:
         session: The live session, or None before the first forward and after the call.
-        ids: The tokens of the columns, int64 ``[B, S]``.
+        ids: The tokens of the columns, int64 ``[B, S]``; -1 where those are unknown.
+        origin: A caller's own cache: the session starts from its columns.
     """
 
-    def __init__(self, layers: int, ids: Tensor | None = None) -> None:
+    def __init__(self, layers: int, ids: Tensor | None = None, *, origin: Any = None) -> None:
         super().__init__(layers=[])
         self.depth = layers
         self.session: Session | None = None
         self.ids = torch.empty(0, 0, dtype=torch.int64) if ids is None else ids
+        self.origin = origin
+        self._rows: Tensor | None = None  # of the origin, as they stand now
+        self._given = 0
+        if origin is not None and (prefix := prefix_of(origin)):
+            self._given = origin.get_seq_length()
+            keys = prefix[0][0]
+            self.ids = torch.full((keys.shape[0], self._given), -1, device=keys.device)
+
+    def open(self, session: Session, mask: Tensor | None) -> None:
+        """Take a session and put the origin's columns into it; ``mask`` ``[B, S]`` covers them.
+
+        Raises:
+            ValueError: where they do not fit the rows, or the keys and values of the model.
+        """
+        self.session = session
+        if self._given:
+            columns = torch.ones_like(self.ids) if mask is None else mask[:, : self._given]
+            session.load(prefix_of(self.origin), columns.bool())
+
+    def give_back(self) -> None:
+        """Let the origin hold what the session holds: its rows in order, and all new columns."""
+        if self.origin is not None and self.session is not None:
+            extend(self.origin, self._rows, self.session.read(self._given))
 
     def append(self, ids: Tensor) -> None:
         """Note the tokens ``[B, T]`` of the columns a forward just added."""
@@ -70,7 +95,9 @@ class SessionCache(Cache):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` continues old row ``beam_idx[i]``."""
         self._live().reorder(beam_idx.to(torch.int64))
-        self.ids = self.ids[beam_idx.to(self.ids.device)]
+        rows = beam_idx.to(self.ids.device)
+        self.ids = self.ids[rows]
+        self._rows = rows if self._rows is None else self._rows[rows]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times."""

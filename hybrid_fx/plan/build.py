@@ -27,6 +27,8 @@ from .plan import KVLayer, Manifest, Plan, Prepared, Weight
 
 INPUTS = ("input_ids", "position_ids", "slots", "key_valid", "pitch", "keep")
 _MEMORY = ("prepared", "keys", "values")
+#: What the graphs take beside these; a prompt may come as embeddings.
+_MORE: dict[str, tuple[str, ...]] = {"prefill": ("embeds",), "decode": ()}
 
 #: What a pass gives a layer, by the operator that it leaves there.
 _FUSED = {
@@ -89,15 +91,16 @@ def build_plan(
     staged = hoist(graph)
     weights = _number_weights(staged.prepare)
     prepare, sites = _prepare_source(staged, list(layers))
-    sources = {"prepare": prepare}
+    sources, embeds = {"prepare": prepare}, False
     for stage, passes in (("prefill", PREFILL), ("decode", DECODE)):
         body = copy_graph(staged.body)
-        run_passes(body, passes, context)
+        done = run_passes(body, passes, context)
+        embeds |= any(record.name == "take_embeds" and record.result.count for record in done)
         check_graph(body, stage=stage, rules=THREADED)
         sources[stage] = emit(
             body,
             function=stage,
-            parameters=INPUTS + _MEMORY,
+            parameters=INPUTS + _MEMORY + _MORE[stage],
             layer_name="decoder_layer",
             layers=list(layers),
         )
@@ -110,6 +113,7 @@ def build_plan(
         guards=dict(guards or {}),
         layers=tuple(reports),
         lora=tuple(sites),
+        embeds=embeds,
     )
     return Plan(manifest=manifest, sources=sources)
 

@@ -32,7 +32,7 @@ from .plain import (
 )
 from .source_check import TORCH_CONSTANTS, check_source
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest's fields. Raise it with every change to them."""
 SOURCES = ("prepare", "prefill", "decode")
 """The sources of every plan, in the order in which they run."""
@@ -136,6 +136,7 @@ class Manifest:
         notes: remarks for the report.
         layers: one report a decoder layer: path, policy, fused, missed.
         lora: the adapted modules that are folded, in the order in which ``measure`` reports them.
+        embeds: whether prefill takes embeddings in place of token ids.
 
     Raises:
         CacheError: for a field of another type, an unknown dtype, a value JSON cannot hold.
@@ -151,12 +152,14 @@ class Manifest:
     notes: tuple[JSON, ...] = ()
     layers: tuple[JSON, ...] = ()
     lora: tuple[JSON, ...] = ()
+    embeds: bool = False
 
     def __post_init__(self) -> None:
         if type(self.format) is not int or self.format != FORMAT:
             odd(self, "format", f"{FORMAT}; capture the model again")
         need_text(self, "model")
         need_positive(self, "vocab_size")
+        need_bool(self, "embeds")
         for name, kind in _RECORDS.items():
             set_tuple(self, name, kind)
         for name in ("notes", "layers", "lora"):

@@ -58,6 +58,8 @@ class PlanRunner:
         self.workspace = Workspace(plan.manifest.kv, device)
         self.prepared = PreparedTensors(plan.manifest.prepared)
         self._open: PlanSession | None = None
+        #: Whether embeddings may stand in for ids; None: not yet held against the module.
+        self.takes_embeds: bool | None = None if plan.manifest.embeds else False
 
     @property
     def prepare_peak_bytes(self) -> int:

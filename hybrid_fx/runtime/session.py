@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .workspace import Workspace
+from .workspace import KeyValue, Workspace
 
 #: A generated prefill or decode function.
 Graph = Callable[..., Tensor]
@@ -80,6 +80,7 @@ class PlanSession:
         key_valid: Tensor | None = None,
         *,
         keep: int = 1,
+        embeds: Tensor | None = None,
     ) -> Tensor:
         """Append T columns and return the logits of the last ``keep`` of them.
 
@@ -87,20 +88,14 @@ class PlanSession:
             input_ids, position_ids: [B, T] int64.
             key_valid: [B, T] bool, False for padding; ``None``: all are valid.
             keep: At most T.
+            embeds: [B, T, E], in place of the ids, of which the shape alone counts then.
 
         Returns:
             [B, keep, V] in the model's logits dtype.
         """
         tokens = input_ids.shape[1]
         length = self.length + tokens
-        if length > self._workspace.pitch:
-            self._grow(length)
-        if key_valid is not None and self._valid is None:
-            shape = (self.batch, self._workspace.pitch)
-            self._valid = torch.ones(shape, dtype=torch.bool, device=self._device)
-        if self._valid is not None:
-            new = True if key_valid is None else key_valid
-            self._valid[:, self.length : length] = new
+        self._claim(length, key_valid)
         inputs = (
             input_ids,
             position_ids,
@@ -113,15 +108,48 @@ class PlanSession:
             self._workspace.values,
         )
         prefill, decode = self._graphs
-        if tokens == 1 and self.length > 0:
+        if tokens == 1 and self.length > 0 and embeds is None:
             logits = self._decode(decode, inputs)
         else:
             with self._timer("prefill") as span:
-                logits = prefill(*inputs)
+                logits = prefill(*inputs, embeds)
                 padding = 0 if key_valid is None else int((~key_valid).sum())
                 span.tokens += input_ids.numel() - padding
         self.length = length
         return logits
+
+    def _claim(self, length: int, key_valid: Tensor | None) -> None:
+        """Make room for the columns up to ``length`` and note which of them are valid."""
+        if length > self._workspace.pitch:
+            self._grow(length)
+        if key_valid is not None and self._valid is None:
+            shape = (self.batch, self._workspace.pitch)
+            self._valid = torch.ones(shape, dtype=torch.bool, device=self._device)
+        if self._valid is not None:
+            new = True if key_valid is None else key_valid
+            self._valid[:, self.length : length] = new
+
+    def load(self, prefix: Sequence[KeyValue], key_valid: Tensor) -> None:
+        """Append P columns whose keys and values are known, one pair a layer.
+
+        Args:
+            prefix: Keys [B, K, P', D] and values, of the last P' columns; what a windowed
+                layer no longer holds (P' < P) is never read.
+            key_valid: [B, P] bool, False for padding.
+
+        Raises:
+            ValueError: where the pairs are not of this session's rows, layers, sizes and dtype.
+        """
+        self._workspace.check(prefix, self.batch)
+        length = self.length + key_valid.shape[1]
+        self._claim(length, None if bool(key_valid.all()) else key_valid)
+        for index, pair in enumerate(prefix):
+            self._workspace.write(index, pair, length)
+        self.length = length
+
+    def read(self, start: int) -> list[KeyValue]:
+        """Keys and values [B, K, S - start, D] of the columns from ``start`` on, copies."""
+        return self._workspace.read(self.batch, start, self.length)
 
     def _decode(self, decode: Graph, inputs: tuple[Any, ...]) -> Tensor:
         """One decode step; the time of all of them is one span, from the first to the close."""

@@ -7,12 +7,16 @@ stand anywhere. Legend: B batch, S positions in use, K key-value heads, D head s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..plan.plan import KVLayer
+
+#: Keys and values of one layer, [B, K, T, D] each.
+KeyValue = tuple[Tensor, Tensor]
 
 
 class Workspace:
@@ -71,6 +75,34 @@ class Workspace:
         for (key, value), new_key, new_value in zip(kept, self.keys, self.values, strict=True):
             self._by_row(new_key)[:, :length] = key
             self._by_row(new_value)[:, :length] = value
+
+    def check(self, pairs: Sequence[KeyValue], batch: int) -> None:
+        """Raise a ValueError where ``pairs`` are not keys and values of these layers."""
+        wanted = [
+            (str(t.dtype), batch, t.shape[1], t.shape[2])
+            for t in itertools.chain(*zip(self.keys, self.values, strict=True))
+        ]
+        given = [(str(t.dtype), *t.shape[:2], t.shape[3]) for pair in pairs for t in pair]
+        if given != wanted:
+            odd = [f"{g} for {w}" for g, w in zip(given, wanted, strict=False) if g != w]
+            counts = f"{len(given) // 2} layers for {len(wanted) // 2}"
+            raise ValueError(f"(dtype, rows, heads, size) {odd[0]}" if odd else counts)
+
+    def write(self, layer: int, pair: KeyValue, end: int) -> None:
+        """Put keys and values [B, K, T, D] into the columns that end before ``end``."""
+        for memory, new in zip((self.keys[layer], self.values[layer]), pair, strict=True):
+            batch, _, tokens, _ = new.shape
+            self._by_row(memory)[:batch, end - tokens : end] = new.transpose(1, 2)
+
+    def read(self, batch: int, start: int, end: int) -> list[KeyValue]:
+        """Copies of the columns ``start`` to ``end``, one pair [B, K, T, D] a layer."""
+        return [
+            (
+                self._by_row(key)[:batch, start:end].transpose(1, 2).contiguous(),
+                self._by_row(value)[:batch, start:end].transpose(1, 2).contiguous(),
+            )
+            for key, value in zip(self.keys, self.values, strict=True)
+        ]
 
     def _by_row(self, memory: Tensor) -> Tensor:
         return memory.view(self.rows, self.pitch, *memory.shape[1:])

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
 
 class HFRunner:
     """Sessions over the plain HF model and its own ``DynamicCache``."""
+
+    takes_embeds: bool | None = None
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -32,14 +35,34 @@ class HFSession:
     def length(self) -> int:
         return self.valid.shape[1]
 
+    def load(self, prefix: Any, key_valid: Tensor) -> None:
+        wanted = (self.batch, self.model.dtype)
+        if any((len(tensor), tensor.dtype) != wanted for pair in prefix for tensor in pair):
+            raise ValueError("other rows or dtype")
+        columns = key_valid.shape[1]
+        for index, pair in enumerate(prefix):
+            lost = columns - pair[0].shape[2]
+            self.cache.update(*(F.pad(t, (0, 0, lost, 0)) for t in pair), index)
+        self.valid = torch.cat([self.valid, key_valid], -1)
+
+    def read(self, start: int) -> Any:
+        return [(each.keys[:, :, start:], each.values[:, :, start:]) for each in self.cache.layers]
+
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, key_valid: Tensor | None = None, *, keep=1
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        key_valid: Tensor | None = None,
+        *,
+        keep=1,
+        embeds: Tensor | None = None,
     ) -> Tensor:
         new = torch.ones_like(input_ids, dtype=torch.bool) if key_valid is None else key_valid
         self.valid = torch.cat([self.valid, new], -1)
         out = type(self.model).forward(
             self.model,
-            input_ids=input_ids,
+            input_ids=input_ids if embeds is None else None,
+            inputs_embeds=embeds,
             position_ids=position_ids,
             attention_mask=None if self.valid.all() else self.valid.long(),
             past_key_values=self.cache,
@@ -75,6 +98,7 @@ class Watched:
         self.calls: list[tuple[int, int, int]] = []
         self.sessions: list[WatchedSession] = []
         self.fail_at = 0
+        self.takes_embeds = runner.takes_embeds
         self.error: BaseException = KeyboardInterrupt()
 
     def session(self, *, batch: int, capacity: int) -> WatchedSession:
@@ -91,8 +115,21 @@ class WatchedSession:
         self.length = 0
         self.padded = self.closed = False
 
+    def load(self, prefix: Any, key_valid: Tensor) -> None:
+        self.inner.load(prefix, key_valid)
+        self.length += key_valid.shape[1]
+
+    def read(self, start: int) -> Any:
+        return self.inner.read(start)
+
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, key_valid: Tensor | None = None, *, keep=1
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        key_valid: Tensor | None = None,
+        *,
+        keep=1,
+        embeds: Tensor | None = None,
     ) -> Tensor:
         batch, width = input_ids.shape
         assert not self.closed
@@ -108,7 +145,7 @@ class WatchedSession:
         self.watch.calls.append((batch, width, keep))
         if self.watch.fail_at == len(self.watch.calls):
             raise self.watch.error
-        logits = self.inner.forward(input_ids, position_ids, key_valid, keep=keep)
+        logits = self.inner.forward(input_ids, position_ids, key_valid, keep=keep, embeds=embeds)
         assert logits.shape[:2] == (batch, keep)
         return logits
 

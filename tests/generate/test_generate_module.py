@@ -9,7 +9,7 @@ import pytest
 import torch
 from generate.same_as_hf import is_fast, new_model, prompt, run, same_as_hf, shared_model, watched
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from hybrid_fx.errors import StrictError
 from hybrid_fx.generate import RULES, Route, generate
@@ -78,25 +78,6 @@ def test_the_module_keeps_hfs_tokens_and_the_reason_is_told(name: str) -> None:
     ran = same_as_hf(model, **kwargs, max_new_tokens=6, do_sample="exit" not in name)
     assert ran.fallbacks == [f"HF module: {why}"]
     assert ran.runner.sessions == []
-
-
-def test_embeddings_are_taken_by_the_module() -> None:
-    embeds = shared_model().get_input_embeddings()(ROWS["input_ids"]).detach()
-    mask = ROWS["attention_mask"]
-    ran = same_as_hf(shared_model(), inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6)
-    assert ran.fallbacks == ["HF module: model inputs inputs_embeds"]
-
-
-def test_a_prefix_is_taken_by_the_module() -> None:
-    ids = prompt((8, 8))["input_ids"]
-
-    def make() -> dict[str, Any]:
-        cache = DynamicCache()
-        shared_model()(ids[:, :5], past_key_values=cache)
-        return {"past_key_values": cache}
-
-    ran = same_as_hf(shared_model(), ids, max_new_tokens=6, make=make)
-    assert ran.fallbacks == ["HF module: model inputs past_key_values"]
 
 
 def test_a_custom_loop_is_run_by_hf() -> None:

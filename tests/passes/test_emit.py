@@ -52,7 +52,7 @@ def _prefilled(plan: Plan, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         slots = torch.arange(rows * length).reshape(rows, length)
         at = torch.arange(length).expand(rows, length)
         result: torch.Tensor = functions["prefill"]["prefill"](
-            ids, at, slots, None, length, length, prepared.tensors, *memory
+            ids, at, slots, None, length, length, prepared.tensors, *memory, None
         )
     return result
 
