@@ -6,8 +6,8 @@ import torch
 from small_graphs import Builder, run, values
 from torch import fx
 
-from hybrid_fx.passes.graph import calls
 from hybrid_fx.passes.contract import Context
+from hybrid_fx.passes.graph import calls
 from hybrid_fx.passes.take_embeds import take_embeds
 
 EMBED = "model.embed_tokens"
@@ -58,7 +58,7 @@ def test_without_embeddings_nothing_changes_and_with_them_the_ids_do_not_count()
     assert torch.equal(_without_embeds(graph, given), before)
     embeds = torch.full((2, 3, 4), 0.5)
     wanted = embeds @ given["head_weight"].T
-    for ids in (values["input_ids"], torch.zeros(2, 3, dtype=torch.int64)):
+    for ids in (given["input_ids"], torch.zeros(2, 3, dtype=torch.int64)):
         got, _ = run(graph, given | {"embeds": embeds, "input_ids": ids})
         assert torch.allclose(got, wanted, atol=1e-6)
 
