@@ -118,7 +118,7 @@ def fold_dora(weight: Tensor, magnitude: Tensor, a: Tensor, b: Tensor, scale: fl
 def fold_error(weight: Tensor, folded: Tensor) -> Tensor:
     """How much of a fold rounding takes away: ``|rounded - exact| / |exact - W|``, a scalar.
 
-    ``folded`` is the exact sum, of the dtype of :func:`wide`. This is the relative error of the
+    ``folded`` is the exact sum, of the dtype of :func:`exact`. This is the relative error of the
     adapter's output for inputs without a preferred direction. No change at all has error 0.
     """
     change = torch.linalg.vector_norm(folded - weight)
@@ -129,6 +129,16 @@ def fold_error(weight: Tensor, folded: Tensor) -> Tensor:
 def wide(weight: Tensor) -> Tensor:
     """The weight in float32 (or float64, where it is), for sums that are not to be rounded."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def exact(weight: Tensor) -> Tensor:
+    """The weight in a dtype in which what rounding takes of it can be seen.
+
+    float64 for float32, float32 for half precision. A device without float64 stays in float32,
+    where the error reads 0.
+    """
+    half = weight.dtype.itemsize < 4 or weight.device.type == "mps"
+    return weight.to(torch.float32 if half else torch.float64)
 
 
 def given(embeds: Tensor | None, computed: Tensor) -> Tensor:

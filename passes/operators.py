@@ -67,7 +67,7 @@ def _build() -> dict[str, Callable[..., Any]]:
         (
             kernels,
             "rms_norm add_rms_norm add_layer_norm gated_mlp plain_mlp gather concat_rows "
-            "fold_lora fold_dora fold_error wide given last_tokens store",
+            "fold_lora fold_dora fold_error exact given last_tokens store",
         ),
     ):
         table |= {name: getattr(module, name) for name in names.split()}

@@ -197,11 +197,11 @@ def _prepare_source(staged: Hoisted, layers: Sequence[str]) -> tuple[str, list[s
     errors = []
     for fold in calls(measured, "fold_lora", "fold_dora"):
         with measured.inserting_before(output):
-            wide = measured.call_function(OPERATORS["wide"], (fold.args[0],))
+            exact = measured.call_function(OPERATORS["exact"], (fold.args[0],))
             operator = OPERATORS[str(name_of(fold))]
-            exact = measured.call_function(operator, (wide, *fold.args[1:]))
-            error = measured.call_function(OPERATORS["fold_error"], (fold.args[0], exact))
-        for node in (wide, exact, error):
+            total = measured.call_function(operator, (exact, *fold.args[1:]))
+            error = measured.call_function(OPERATORS["fold_error"], (fold.args[0], total))
+        for node in (exact, total, error):
             node.meta["path"] = path_of(fold)
         errors.append(error)
     output.args = (tuple(errors),)

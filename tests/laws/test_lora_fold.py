@@ -133,6 +133,31 @@ def test_auto_keeps_a_branch_that_bfloat16_would_erase() -> None:
         assert not torch.equal(beside, forced_logits(engine, IDS)), "the branch moves the logits"
 
 
+def test_auto_keeps_a_branch_that_float32_would_erase() -> None:
+    with hybrid_fx.hybridize(small_lora(1e-9, torch.float32)) as engine:
+        engine._graphs.ready()
+        assert choices(engine) == {"side"}
+        assert all(d.error is not None and d.error > 0.5 for d in engine.explain().lora)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)], ids=["float32", "bfloat16"]
+)
+def test_the_stated_error_is_what_rounding_takes_of_the_adapter(
+    dtype: torch.dtype, size: float
+) -> None:
+    with hybrid_fx.hybridize(small_lora(size, dtype)) as engine:
+        engine._graphs.ready()
+        stated = {d.path: d.error for d in engine.explain().lora}
+        for path, module in adapted_modules(engine.module).items():
+            weight = module.base_layer.weight.detach().double()
+            a, b = (s["default"].weight.detach().double() for s in (module.lora_A, module.lora_B))
+            delta = module.scaling["default"] * (b @ a)
+            lost = (weight + delta).to(dtype).double() - (weight + delta)
+            (error,) = (e for site, e in stated.items() if path.endswith(site))
+            assert error == pytest.approx(float(lost.norm() / delta.norm()), rel=1e-3)
+
+
 def test_auto_folds_as_soon_as_the_adapter_has_grown_and_goes_back() -> None:
     model = small_lora(3e-5)
     with hybrid_fx.hybridize(model) as engine, torch.no_grad():
