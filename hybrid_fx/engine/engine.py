@@ -79,7 +79,7 @@ class HybridEngine:
         if not self._training:
             self._training = True
             if self.config.release_inference_cache:
-                self._graphs.release()
+                self._release()
         self.stats.mark("train")
         return self
 
@@ -148,7 +148,11 @@ class HybridEngine:
             self.stats.record_kv_bytes(runner.workspace.nbytes)
         # A call from inside another one (a processor that generates) frees nothing of the outer.
         if self.config.release_inference_cache and not self._running:
-            self._graphs.release()
+            self._release()
+
+    def _release(self) -> None:
+        self._graphs.release()
+        self.stats.record_kv_bytes(0)
 
     def _generate_by_module(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate on the module itself, its forwards counted."""
@@ -205,5 +209,5 @@ class HybridEngine:
         raise TypeError("an engine cannot be pickled; pickle engine.module and hybridize the copy")
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "training" if self._training else "generating"
+        state = "closed" if self._closed else "training" if self.module.training else "generating"
         return f"HybridEngine({type(self.module).__name__}, {state})"

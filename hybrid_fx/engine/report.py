@@ -8,6 +8,7 @@ from torch import nn
 
 from ..cache.adapters import configs
 from ..config import HybridConfig
+from ..generate import causal_lm
 from .explain import Explanation, LayerReport, LoraDecision, Missed
 from .graphs import FOLD_LIMIT, ModelGraphs
 from .stats import Stats
@@ -56,6 +57,17 @@ def _hook_notes(model: nn.Module) -> list[str]:
     return notes
 
 
+def _module_layers(model: nn.Module, failure: str) -> tuple[LayerReport, ...]:
+    """The decoder layers of a model without a graph: none of them is rewritten."""
+    config = causal_lm(model).config.get_text_config(decoder=True)
+    depth = getattr(config, "num_hidden_layers", 0)
+    missed = (Missed("all", "the model", "a captured graph", failure),)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0:
+            return tuple(LayerReport(f"{path}.{i}", None, (), missed) for i in range(depth))
+    return ()
+
+
 def build_explanation(
     model: nn.Module, config: HybridConfig, graphs: ModelGraphs, stats: Stats
 ) -> Explanation:
@@ -65,7 +77,8 @@ def build_explanation(
     notes += _hook_notes(model)
     if config.lora == "side":
         notes.append('lora="side": adapters run as low-rank branches')
-    layers = () if runner is None else tuple(map(_layer, runner.plan.manifest.layers))
+    rows = () if runner is None else runner.plan.manifest.layers
+    layers = tuple(map(_layer, rows)) if rows else _module_layers(model, graphs.failure)
     weights = {t.untyped_storage()._cdata: t for t in graphs.tensors().values()}
     return Explanation(
         layers=layers,

@@ -50,6 +50,7 @@ def test_released_memory_is_gone_after_each_generate_and_the_next_is_right(kind:
             assert runner.prepared.nbytes == 0
             assert runner.prepared.tensors == []
         assert engine.stats.kv_bytes_peak > 0
+        assert engine.stats.kv_bytes == 0
         assert engine.stats.counters["prepares"] == 3
         assert engine.stats.counters["hf_forwards"] == 0
 

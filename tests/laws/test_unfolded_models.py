@@ -93,7 +93,9 @@ def test_a_forward_that_cannot_be_traced_generates_by_transformers_and_says_so()
         assert all("HF module" in reason for reason in engine.stats.fallbacks)
         assert engine.stats.counters["hf_forwards"] > 0
         report = engine.explain()
-        assert report.total == 0
+        assert (report.matched, report.total) == (0, 2)
+        assert [layer.path for layer in report.layers] == ["model.layers.0", "model.layers.1"]
+        assert all("captured" in layer.missed[0].found for layer in report.layers)
         assert any("captured" in note for note in report.notes)
         assert "captured" in str(report)
         del model.model.layers[0].mlp.forward
