@@ -20,7 +20,7 @@ READY  := $(VENV)/.ready
 PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 TYPED  := build/typed
 
-.PHONY: test test-deep golden demo bench lint format clean
+.PHONY: test test-deep golden mutants demo bench lint format clean
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
@@ -31,6 +31,10 @@ test-deep: $(READY)
 # The generated sources that tests/golden keeps, written anew.
 golden: $(READY)
 	$(RUN) tests/golden/regenerate.py
+
+# Break the source on purpose and show the test that notices, on a copy of the tree.
+mutants: $(READY)
+	$(RUN) tests/mutation/run.py $(ARGS)
 
 demo: $(READY)
 	$(RUN) examples/grpo.py $(ARGS)

@@ -110,6 +110,13 @@ STAYS: dict[str, tuple[Make, str]] = {
     ),
     "a new axis": (lambda b, x, y: b.raw(operator.getitem, x, (..., None)), "getitem"),
     "a view of another shape": (lambda b, x, y: b.raw("view", x, 6, 4), "view"),
+    "dropout that is on": (lambda b, x, y: b.raw(F.dropout, x, 1.0, True), "dropout"),
+    "an embedding that clips its rows": (
+        lambda b, x, y: b.raw(
+            F.embedding, b.raw("long", b.raw("gt", x, 0)), b.raw("flatten", y, 0, 1), max_norm=0.5
+        ),
+        "gt to flatten embedding",
+    ),
 }
 
 

@@ -69,22 +69,26 @@ def test_a_site_that_is_to_stay_stays_a_branch() -> None:
 
 def _adapted(build: Builder, change: str = "") -> tuple[fx.Node, ...]:
     """``linear(x, W, b) + linear(linear(x, A), B) * 2``, twice adapted or made odd."""
-    dtype = torch.bfloat16 if change == "narrow" else torch.float32
+    dtype = torch.bfloat16 if change in ("narrow", "a wide sum") else torch.float32
     x = build.input("x", 2, 3, 4, dtype=dtype)
     w, b = build.weight("w", 5, 4, dtype=dtype), build.weight("b", 5, dtype=dtype)
+    if change == "a weight of the tokens":
+        w = build.call("mul", w, build.call("mean", x), path=PLACE)
     base = build.call("linear", x, w, b, path=f"{PLACE}.base_layer")
     total = base
     for name in ("one", "two") if change == "two adapters" else ("one",):
         a = build.weight(f"{name}_a", 2, 4)
         up = build.weight(f"{name}_b", 5, 2)
         source = build.call("exp", x) if change == "another input" else x
-        if change == "narrow":
+        if change in ("narrow", "a wide sum"):
             source = build.call("to", x, torch.float32, path=PLACE)
         if change == "factors of the tokens":
             up = build.call("mul", up, build.call("mean", x), path=PLACE)
         low = build.call("linear", source, a, None, path=f"{PLACE}.lora_A.{name}")
         branch = build.call("linear", low, up, None, path=f"{PLACE}.lora_B.{name}")
-        total = build.call("add", total, build.call("mul", branch, 2.0, path=PLACE), path=PLACE)
+        if change != "no scale":
+            branch = build.call("mul", branch, 2.0, path=PLACE)
+        total = build.call("add", total, branch, path=PLACE)
     if change == "narrow":
         total = build.call("to", total, torch.bfloat16, path=PLACE)
     return (total, base) if change == "a base others use" else (total,)
@@ -99,6 +103,54 @@ def test_two_adapters_fold_at_once_so_that_the_sum_is_rounded_once() -> None:
     (folded,) = calls(graph, "fold_lora")
     assert len(folded.args) == 7
     assert far(run(graph, given)[0], before) < 1e-6
+
+
+def test_a_branch_without_a_scale_folds_as_it_is() -> None:
+    build = Builder()
+    graph = build.output(*_adapted(build, "no scale"))
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fold_lora(graph, Context()).count == 1
+    assert far(run(graph, given)[0], before) < 1e-6
+
+
+def _dora(build: Builder, change: str = "") -> fx.Node:
+    """``base + ((m - 1) * (base - bias) + m * low_rank * 2)`` with a bias, maybe made odd."""
+    x = build.input("x", 2, 3, 4)
+    w, b = build.weight("w", 5, 4), build.weight("b", 5)
+    m, a, up = build.weight("m", 1, 5), build.weight("a", 2, 4), build.weight("up", 5, 2)
+    if change == "a magnitude of the tokens":
+        m = build.call("mul", m, build.call("mean", x), path=PLACE)
+    base = again = build.call("linear", x, w, b, path=f"{PLACE}.base_layer")
+    if change == "another base":
+        again = build.call("linear", build.call("exp", x), w, b, path=PLACE)
+    bias = build.weight("other", 5) if change == "another bias" else b
+    plain = build.call("sub", again, bias, path=PLACE)
+    low = build.call("linear", x, a, None, path=f"{PLACE}.lora_A.one")
+    low = build.call("linear", low, up, None, path=f"{PLACE}.lora_B.one")
+    excess = build.call("mul", build.call("sub", m, 1, path=PLACE), plain, path=PLACE)
+    scaled = build.call("mul", build.call("mul", m, low, path=PLACE), 2.0, path=PLACE)
+    return build.call("add", base, build.call("add", excess, scaled, path=PLACE), path=PLACE)
+
+
+def test_dora_over_a_biased_linear_folds_and_keeps_the_bias() -> None:
+    build = Builder()
+    graph = build.output(_dora(build))
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fold_lora(graph, Context()).count == 1
+    assert count(graph, "fold_dora") == 1
+    assert far(run(graph, given)[0], before) < 1e-6
+
+
+@pytest.mark.parametrize("change", ["another base", "another bias", "a magnitude of the tokens"])
+def test_dora_stays_where_it_does_not_scale_the_weight_it_stands_beside(change: str) -> None:
+    build = Builder()
+    graph = build.output(_dora(build, change))
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fold_lora(graph, Context()).count == 0
+    assert same(run(graph, given)[0], before)
 
 
 def test_adapters_in_float32_beside_narrow_weights_fold_in_float32() -> None:
@@ -117,6 +169,8 @@ REASONS = {
     "another input": ("a branch on x", "exp"),
     "factors of the tokens": ("factors that are weights", "b"),
     "a base others use": ("a base used by the sum alone", "another user"),
+    "a weight of the tokens": ("a base that is a weight", "mul"),
+    "a wide sum": ("the base's dtype torch.bfloat16", "torch.float32"),
 }
 
 

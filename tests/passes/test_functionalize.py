@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +41,15 @@ def test_a_write_into_a_fresh_value_becomes_plain() -> None:
     total = build.raw(operator.iadd, x, 1.0)
     graph = build.output(build.raw("exp", x), total)
     assert _holds(graph) == (1, 0)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["fresh", "of the caller"])
+@pytest.mark.parametrize("write", [operator.iadd, operator.isub, operator.imul, operator.itruediv])
+def test_each_operator_that_writes_keeps_its_meaning(write: Callable[..., Any], held: bool) -> None:
+    build = Builder()
+    x, y = build.input("x", 3), build.input("y", 3)
+    written = build.raw(write, x if held else build.raw("neg", x), y)
+    assert _holds(build.output(build.raw("exp", written)))[1] == held
 
 
 def test_a_chain_of_writes_becomes_plain() -> None:

@@ -1,0 +1,201 @@
+"""Mistakes in the engine: weight versions, what is kept, flags, decoding loop, cache key."""
+
+from __future__ import annotations
+
+from mutant import Fault, Group
+
+_FOLLOWED = "tests/laws/test_weights_followed.py"
+_VALUES = f"{_FOLLOWED}::test_changed_values_are_prepared_again_and_nothing_else"
+_FAST = ("tests/generate/test_generate_fast.py",)
+
+GROUPS = (
+    Group(
+        "weight versions",
+        "hybrid_fx/engine/versions.py",
+        ("tests/engine/test_versions.py",),
+        (
+            Fault(
+                "a step of an optimizer is not counted",
+                '            self.mark(f"{type(optimizer).__name__}.step()")\n',
+                "",
+            ),
+            Fault(
+                "a change that a look found is not counted",
+                "        if change is not None and self._told:\n",
+                "        if change is not None and not self._told:\n",
+            ),
+            Fault(
+                "what was seen is looked at again and again",
+                "        self._seen = now\n",
+                "",
+            ),
+            Fault(
+                "the hook stays behind",
+                "        self._unhook()\n",
+                "        pass\n",
+            ),
+            Fault(
+                "the checksum is not taken",
+                'tensors if self._verify == "checksum" else uncounted(now, tensors)',
+                "uncounted(now, tensors)",
+            ),
+        ),
+    ),
+    Group(
+        "weight versions",
+        "hybrid_fx/engine/snapshot.py",
+        ("tests/engine/test_versions.py",),
+        (
+            Fault(
+                "edits in place are not seen",
+                "None if tensor.is_inference() else tensor._version,",
+                "None if tensor.is_inference() else 0,",
+            ),
+            Fault(
+                "a storage that was freed is taken for the one at its address",
+                "storage = StorageWeakRef(tensor.untyped_storage())",
+                "storage = None",
+            ),
+            Fault(
+                "another active adapter is not seen",
+                "        if was != state:\n",
+                "        if was is None:\n",
+                ("tests/engine/test_versions_models.py",),
+            ),
+            Fault(
+                "a checksum that changed is not seen",
+                "        if old.sums.get(name, value) != value:\n",
+                "        if old.sums.get(name, value) is None:\n",
+            ),
+            Fault(
+                "an optimizer over a view of a parameter is not seen",
+                "                if storage_address(tensor) in storages:\n",
+                "                if storage_address(tensor) is None:\n",
+            ),
+        ),
+    ),
+    Group(
+        "checksum",
+        "hybrid_fx/engine/checksum.py",
+        ("tests/engine/test_checksum.py",),
+        (
+            Fault(
+                "all words weigh the same",
+                "return (spread ^ ((spread >> 29) & _LOW_32)) | 1",
+                "return torch.ones_like(spread)",
+            ),
+            Fault("the last words are left out", "parts = [words[full:]]", "parts = [words[:0]]"),
+        ),
+    ),
+    Group(
+        "engine",
+        "hybrid_fx/engine/graphs.py",
+        (_VALUES,),
+        (
+            Fault(
+                "weights that changed are not prepared again",
+                "if not self.failure and version != self._prepared_version:",
+                "if not self.failure and self._prepared_version is None:",
+            ),
+            Fault(
+                "a structure that changed is not captured again",
+                "        if stamp != self._stamp:\n",
+                "        if self._stamp is None:\n",
+                (f"{_FOLLOWED}::test_a_changed_structure_is_captured_again",),
+            ),
+        ),
+    ),
+    Group(
+        "engine",
+        "hybrid_fx/engine/engine.py",
+        (_FOLLOWED,),
+        (
+            Fault(
+                "a forward with gradients is no change",
+                '            self._tracker.mark("a forward with gradients")\n',
+                "            pass\n",
+                (f"{_FOLLOWED}::test_a_forward_with_gradients_counts_as_a_change",),
+            ),
+            Fault(
+                "close() leaves generate behind",
+                '            del attributes["generate"]\n',
+                "",
+                ("tests/laws/test_given_back.py::test_close_puts_everything_back",),
+            ),
+        ),
+    ),
+    Group(
+        "training flags",
+        "hybrid_fx/generate/guard.py",
+        ("tests/generate/test_generate_guard.py",),
+        (
+            Fault(
+                "modules stay in eval",
+                "            module.training = True\n",
+                "            module.training = False\n",
+            ),
+            Fault(
+                "gradient checkpointing stays off",
+                "            module.gradient_checkpointing = True",
+                "            module.gradient_checkpointing = False",
+            ),
+        ),
+    ),
+    Group(
+        "decoding loop",
+        "hybrid_fx/generate/loop.py",
+        _FAST,
+        (
+            Fault(
+                "positions stand still", "        last = last + 1\n", "        last = last + 0\n"
+            ),
+            Fault(
+                "padding takes positions",
+                "positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)",
+                "positions = torch.arange(prompt)[None].expand(batch, prompt)",
+            ),
+            Fault(
+                "finished rows go on",
+                "tokens = tokens * record.unfinished + pad * (1 - record.unfinished)",
+                "tokens = tokens + pad * 0",
+            ),
+            Fault(
+                "finished rows draw no random numbers",
+                "return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)",
+                "return torch.multinomial(scores.softmax(-1), num_samples=2)[:, 0]",
+            ),
+            Fault(
+                "a mask is not handed to the graphs",
+                "valid = None if mask is None or",
+                "valid = None if mask is None or len(mask) or",
+            ),
+        ),
+    ),
+    Group(
+        "cache key",
+        "hybrid_fx/cache/key.py",
+        ("tests/cache/test_key.py",),
+        (
+            Fault(
+                "shapes are not part of it",
+                "described = (str(tensor.dtype), text(list(tensor.shape)), tensor.device.type)",
+                "described = (str(tensor.dtype), tensor.device.type)",
+            ),
+            Fault(
+                "ties are not part of it",
+                "if (tied := first.setdefault(id(tensor), name)) != name:",
+                "if (tied := first.setdefault(id(tensor), name)) is None:",
+            ),
+            Fault(
+                "the sources of passes are not part of it",
+                "    for folder in (Path(__file__).resolve().parent.parent, passes):\n",
+                "    for folder in (Path(__file__).resolve().parent.parent,):\n",
+            ),
+            Fault(
+                "options of the graph are not part of it",
+                "[field.name for field in fields(config) if field.name not in NOT_IN_GRAPH]",
+                '[field.name for field in fields(config) if field.name == "strict"]',
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,240 @@
+"""Mistakes in the passes that rewrite layers, and in the operators that they leave there."""
+
+from __future__ import annotations
+
+from mutant import Fault, Group
+
+_FUSIONS = ("tests/passes/test_fusions.py",)
+
+GROUPS = (
+    Group(
+        "fuse_rms_norm",
+        "passes/fuse_norm.py",
+        _FUSIONS,
+        (
+            Fault("wrong eps", 'found["weight"], found["eps"]', 'found["weight"], 1e-4'),
+            Fault(
+                "a norm that stays wide is rounded",
+                "    if dtype_of(normed) != dtype_of(x):\n        return None\n",
+                "",
+            ),
+            Fault(
+                "a norm computed in half precision becomes one in float32",
+                "    if any(dtype_of(node) != torch.float32 for node in found.nodes",
+                "    if any(dtype_of(node) is None for node in found.nodes",
+            ),
+        ),
+    ),
+    Group(
+        "fuse_rms_norm",
+        "passes/kernels.py",
+        _FUSIONS,
+        (
+            Fault("the cast to float32 is missing", "wide = x.float()", "wide = x"),
+            Fault("the mean is over the tokens", "wide.pow(2).mean(-1,", "wide.pow(2).mean(-2,"),
+            Fault(
+                "rounding comes behind the weight",
+                "    normed = normed.to(x.dtype)\n    return normed * (weight + offset)",
+                "    return normed.to(x.dtype) * (weight + offset)",
+            ),
+        ),
+    ),
+    Group(
+        "fuse_add_norm",
+        "passes/fuse_norm.py",
+        _FUSIONS,
+        (
+            Fault(
+                "the sum is taken for the norm",
+                "total.replace_all_uses_with(sums)",
+                "total.replace_all_uses_with(normed)",
+            ),
+            Fault(
+                "a sum of another layer is taken",
+                " or not inside(total, layer):\n        return None\n    if not context.wants",
+                ":\n        return None\n    if not context.wants",
+            ),
+            Fault(
+                "a sum that is written in place is taken",
+                "return None if written & {x, y, total, norm} else total",
+                "return total",
+            ),
+            Fault(
+                "a norm whose weight is computed behind the sum is taken",
+                "if any(place[s] > place[total] for s in norm.all_input_nodes):",
+                "if not norm.all_input_nodes:",
+            ),
+            Fault(
+                "a norm with keywords loses them",
+                "if len(norm.args) != _ARGUMENTS[str(name_of(norm))] or norm.kwargs or",
+                "if",
+            ),
+            Fault(
+                "it runs on families that gain nothing",
+                'if not context.wants("fuse_add_norm", context.layers[layer]):',
+                "if layer not in context.layers:",
+                (
+                    "tests/engine/test_engine_surroundings.py::"
+                    "test_fusions_without_a_recorded_gain_are_made_where_they_are_asked_for",
+                    "tests/golden/test_golden.py",
+                ),
+            ),
+        ),
+    ),
+    Group(
+        "fuse_add_norm",
+        "passes/kernels.py",
+        _FUSIONS,
+        (
+            Fault(
+                "the bias of the norm is dropped",
+                "F.layer_norm(total, shape, weight, bias, eps)",
+                "F.layer_norm(total, shape, weight, None, eps)",
+            ),
+            Fault(
+                "the sum handed out is one summand",
+                "    return total, rms_norm(total, weight, eps)",
+                "    return x, rms_norm(total, weight, eps)",
+            ),
+        ),
+    ),
+    Group(
+        "concat_qkv",
+        "passes/concat.py",
+        _FUSIONS,
+        (
+            Fault(
+                "weights are stacked in the wrong order",
+                'weight = call(graph, "concat_rows", *weights, path=path)',
+                'weight = call(graph, "concat_rows", *weights[::-1], path=path)',
+            ),
+            Fault(
+                "biases are dropped",
+                "bias = None if biases[0] is None else",
+                "bias = None if biases else",
+            ),
+            Fault(
+                "projections of different inputs are joined",
+                'if match["x"] is not first["x"]:',
+                'if match["x"] is None:',
+            ),
+            Fault(
+                "projections with and without bias are joined",
+                'if (match["bias"] is None) != (first["bias"] is None):',
+                'if (match["bias"] is None) != (match["bias"] is None):',
+            ),
+            Fault(
+                "values that are written in place are joined",
+                "next((m for m in found if reads_written(m, written)), None)",
+                "next((m for m in found if not m), None)",
+            ),
+            Fault(
+                "weights that depend on tokens are joined",
+                "if weight is not None and place[weight] > place[early]:",
+                "if weight is not None and place[weight] < 0:",
+            ),
+            Fault(
+                "weights of different dtypes are joined",
+                'if dtype_of(match["weight"]) != dtype_of(first["weight"]):',
+                'if dtype_of(match["weight"]) is None:',
+            ),
+            Fault(
+                "an adapter's product of weights is taken for the projection",
+                'return next((match for match in found if match["x"] not in fixed), found[0])',
+                "return found[0]",
+                (*_FUSIONS, "tests/passes/test_fold_lora.py"),
+            ),
+        ),
+    ),
+    Group(
+        "concat_gate_up",
+        "passes/concat.py",
+        _FUSIONS,
+        (
+            Fault(
+                "gate and up swap places",
+                'return _join_roles(graph, context, ("gate", "up"))',
+                'return _join_roles(graph, context, ("up", "gate"))',
+            ),
+        ),
+    ),
+    Group(
+        "concat_gate_up",
+        "passes/kernels.py",
+        _FUSIONS,
+        (
+            Fault(
+                "the last weight comes first",
+                "torch.cat(weights, 0)",
+                "torch.cat(weights[::-1], 0)",
+            ),
+        ),
+    ),
+    Group(
+        "fuse_mlp",
+        "passes/fuse_mlp.py",
+        _FUSIONS,
+        (
+            Fault(
+                "the tanh form of GELU becomes the exact one", 'return "gelu_tanh"', 'return "gelu"'
+            ),
+            Fault(
+                "an MLP whose values are written in place is taken",
+                "safe_to_replace(match) and not reads_written(match, written_memory(graph))",
+                "safe_to_replace(match)",
+            ),
+            Fault(
+                "an MLP whose inner values others use is taken",
+                "alone = safe_to_replace(match) and not",
+                "alone = not",
+            ),
+            Fault(
+                "halves that others use are taken",
+                "inner = {*found.nodes, parts, gate, up}",
+                "inner = {*graph.nodes}",
+            ),
+            Fault(
+                "uneven parts are taken for halves",
+                "len(sizes) == 2 and sizes[0] == sizes[1]",
+                "len(sizes) == 2",
+            ),
+            Fault(
+                "gate and up are taken in either order",
+                "up.args != (parts, 1) or gate.args[1] != 0:",
+                "up.args[0] is not parts:",
+            ),
+            Fault(
+                "the bias of the up projection is dropped",
+                'return call(graph, "plain_mlp", x, weight, bias, *down',
+                'return call(graph, "plain_mlp", x, weight, None, *down',
+            ),
+            Fault(
+                "an up projection that others use is taken",
+                "if any(user not in inner for user in up.users):",
+                "if not up.users:",
+            ),
+        ),
+    ),
+    Group(
+        "fuse_mlp",
+        "passes/kernels.py",
+        _FUSIONS,
+        (
+            Fault(
+                "gate and up are swapped",
+                "gate, up = F.linear(x, gate_up",
+                "up, gate = F.linear(x, gate_up",
+            ),
+            Fault(
+                "the bias of the down projection is dropped",
+                "return F.linear(activate(F.linear(x, up, up_bias), kind), down, down_bias)",
+                "return F.linear(activate(F.linear(x, up, up_bias), kind), down)",
+            ),
+            Fault(
+                "the exact GELU stands for its tanh form",
+                'F.gelu(x, approximate="tanh")',
+                "F.gelu(x)",
+            ),
+        ),
+    ),
+)

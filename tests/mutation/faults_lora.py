@@ -1,0 +1,161 @@
+"""Mistakes in folding adapters."""
+
+from __future__ import annotations
+
+from mutant import Fault, Group
+
+_FOLD = ("tests/passes/test_fold_lora.py",)
+_LAW = ("tests/laws/test_lora_fold.py",)
+
+GROUPS = (
+    Group(
+        "fold_lora",
+        "passes/fold_lora.py",
+        _FOLD,
+        (
+            Fault("the scale is lost", 'step.get("scale", 1.0))]', "1.0)]"),
+            Fault(
+                "a branch without a scale gets one of two",
+                'step.get("scale", 1.0))]',
+                'step.get("scale", 2.0))]',
+            ),
+            Fault(
+                "the factors are swapped",
+                '(step["a"], step["b"], step',
+                '(step["b"], step["a"], step',
+            ),
+            Fault(
+                "what is to stay a branch is folded",
+                "if site_of(path_of(root)) in context.side:",
+                "if site_of(path_of(root)) is None:",
+            ),
+            Fault(
+                "the bias of the base is dropped",
+                'return call(graph, "linear", end["x"], folded, end["bias"], path=path)',
+                'return call(graph, "linear", end["x"], folded, None, path=path)',
+            ),
+            Fault(
+                "the bias under DoRA is dropped",
+                'return call(graph, "linear", found["x"], folded, found["bias"], path=path)',
+                'return call(graph, "linear", found["x"], folded, None, path=path)',
+            ),
+            Fault(
+                "a branch on another input is folded",
+                'if step["x"] is not end["x"] and end["x"] not in step.nodes:',
+                'if step["x"] is None:',
+            ),
+            Fault(
+                "factors that depend on tokens are folded",
+                "if step[name] not in fixed:",
+                "if step[name] is None:",
+            ),
+            Fault(
+                "a base that depends on tokens is folded into",
+                'if end["weight"] not in fixed:',
+                'if end["weight"] is None:',
+            ),
+            Fault(
+                "a sum of another dtype is folded",
+                "    if dtype_of(root) != dtype_of(end.root):",
+                "    if dtype_of(root) is None:",
+            ),
+            Fault(
+                "a base that others read is folded",
+                "if any(user not in whole.nodes for node in end.nodes for user in node.users):",
+                "if not end.nodes:",
+            ),
+            Fault(
+                "an embedding's table is not turned back",
+                'call(graph, "contiguous", call(graph, "t", folded, path=path), path=path)',
+                'call(graph, "contiguous", folded, path=path)',
+            ),
+            Fault(
+                "DoRA on another base is folded",
+                'if not found or found["base_again"] is not found["base"]:',
+                "if not found:",
+            ),
+            Fault(
+                "DoRA whose magnitude depends on tokens is folded",
+                "if any(piece not in fixed for piece in pieces) or not safe_to_replace(found):",
+                "if not safe_to_replace(found):",
+            ),
+        ),
+    ),
+    Group(
+        "fold_lora",
+        "passes/kernels.py",
+        _LAW,
+        (
+            Fault(
+                "the scale is not applied",
+                "total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scale)",
+                "total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype))",
+                _FOLD,
+            ),
+            Fault(
+                "each adapter is rounded by itself",
+                "total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scale)",
+                "total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scale)"
+                ".to(weight.dtype).to(total.dtype)",
+            ),
+            Fault(
+                "the sum is rounded in the weight's dtype",
+                "    total = wide(weight)\n    for",
+                "    total = weight\n    for",
+            ),
+            Fault(
+                "only the first adapter counts",
+                "zip(deltas[::3], deltas[1::3], deltas[2::3], strict=True)",
+                "zip(deltas[:1], deltas[1:2], deltas[2:3], strict=True)",
+                _FOLD,
+            ),
+            Fault(
+                "DoRA's magnitude scales columns",
+                "magnitude.to(total.dtype).reshape(-1, 1)",
+                "magnitude.to(total.dtype).reshape(1, -1)",
+                _FOLD,
+            ),
+            Fault(
+                "the error of a fold is not relative",
+                "torch.where(change > 0, lost / change, torch.zeros_like(lost))",
+                "torch.where(change > 0, lost, torch.zeros_like(lost))",
+            ),
+            Fault(
+                "a float64 weight is folded in float32",
+                "return weight.to(torch.promote_types(weight.dtype, torch.float32))",
+                "return weight.to(torch.float32)",
+            ),
+        ),
+    ),
+    Group(
+        "fold_lora",
+        "hybrid_fx/plan/build.py",
+        _LAW,
+        (
+            Fault(
+                "the error is measured on the rounded sum",
+                "measured.call_function(operator, (wide, *fold.args[1:]))",
+                "measured.call_function(operator, (fold.args[0], *fold.args[1:]))",
+            ),
+            Fault(
+                "places that stay branches are not told to the pass",
+                "context = Context(layers=layers, side=side, fusions=fusions)",
+                "context = Context(layers=layers, fusions=fusions)",
+            ),
+        ),
+    ),
+    Group(
+        "fold_lora",
+        "hybrid_fx/engine/graphs.py",
+        _LAW,
+        (
+            Fault("auto folds whatever rounding takes", "FOLD_LIMIT = 0.05", "FOLD_LIMIT = 5.0"),
+            Fault(
+                "side= folds all the same",
+                'disabled += ("fold_lora",)',
+                "disabled += ()",
+                ("tests/laws/test_lora_tokens.py",),
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,153 @@
+"""Mistakes between the passes and the engine: capture, plan, workspace, sessions."""
+
+from __future__ import annotations
+
+from mutant import Fault, Group
+
+_SESSIONS = ("tests/runtime/test_sessions.py",)
+
+GROUPS = (
+    Group(
+        "capture",
+        "hybrid_fx/capture/registry.py",
+        ("tests/capture/test_capture.py", "tests/capture/test_registries.py"),
+        (
+            Fault("the window is lost", "sliding_window or 0, softcap", "0, softcap"),
+            Fault(
+                "the scale is that of another head size",
+                "query.shape[-1] ** -0.5 if scaling is None else float(scaling)",
+                "query.shape[-1] ** -0.5 / 2",
+            ),
+            Fault(
+                "attention that is not causal is taken",
+                "    if attention_mask is not None or not causal:",
+                "    if attention_mask is not None:",
+            ),
+            Fault(
+                "the configured attention does not come back",
+                "        for config, name in zip(configs, before, strict=True):\n",
+                "        for config, name in zip(configs[1:], before[1:], strict=True):\n",
+                ("tests/capture/test_registries.py",),
+            ),
+        ),
+    ),
+    Group(
+        "workspace",
+        "hybrid_fx/runtime/workspace.py",
+        _SESSIONS,
+        (
+            Fault(
+                "values stay where the old rows stood",
+                "(self._by_row(key)[rows, :length], self._by_row(value)[rows, :length])",
+                "(self._by_row(key)[rows, :length], self._by_row(value)[: len(rows), :length])",
+            ),
+            Fault(
+                "moving rows loses the last position",
+                "self._by_row(new_key)[:, :length] = key",
+                "self._by_row(new_key)[:, : length - 1] = key[:, : length - 1]",
+            ),
+            Fault(
+                "memory that does not suffice is kept",
+                "if rows * pitch > self._slots:",
+                "if rows > self._slots:",
+            ),
+        ),
+    ),
+    Group(
+        "sessions",
+        "hybrid_fx/runtime/session.py",
+        _SESSIONS,
+        (
+            Fault(
+                "rows lie into one another",
+                "start = torch.arange(self.batch, device=self._device)[:, None] * pitch",
+                "start = torch.arange(self.batch, device=self._device)[:, None] * (pitch - 1)",
+            ),
+            Fault(
+                "validity stands one column early",
+                "self._valid[:, self.length : length] = new",
+                "self._valid[:, max(0, self.length - 1) : max(0, self.length - 1) + tokens] = new",
+            ),
+            Fault(
+                "growing forgets the last column",
+                "self._workspace.relay(rows, pitch, self.length)",
+                "self._workspace.relay(rows, pitch, self.length - 1)",
+            ),
+            Fault(
+                "validity keeps the old order of rows",
+                "            self._valid = self._valid[rows]\n",
+                "            self._valid = self._valid[: len(rows)]\n",
+            ),
+            Fault(
+                "cropping keeps what it should forget",
+                "self.length = min(self.length, length)",
+                "self.length = max(self.length, length)",
+            ),
+            Fault(
+                "a decode reads a slot too few",
+                "            self._slots[:, :length],\n",
+                "            self._slots[:, 1 : length + 1],\n",
+            ),
+        ),
+    ),
+    Group(
+        "prepared tensors",
+        "hybrid_fx/runtime/prepared.py",
+        ("tests/runtime/test_prepared_tensors.py",),
+        (
+            Fault(
+                "memory that is kept keeps the old weights",
+                "value = kept.copy_(value)",
+                "value = kept",
+            ),
+            Fault(
+                "memory of another dtype is refilled",
+                "                and kept.dtype == value.dtype\n",
+                "",
+            ),
+            Fault(
+                "a version that is not whole can be used",
+                "        if missing:\n",
+                "        if not self._next:\n",
+            ),
+            Fault(
+                "weights are copied",
+                "        if self._wanted[index].owns_memory:\n",
+                "        if self._wanted[index].name:\n",
+            ),
+        ),
+    ),
+    Group(
+        "probe",
+        "hybrid_fx/runtime/probe.py",
+        (
+            "tests/processes/test_stored_plans.py::"
+            "test_a_valid_plan_that_is_wrong_for_the_model_is_found_and_replaced",
+        ),
+        (
+            Fault(
+                "a plan that differs is used",
+                "    if not distance <= allowed:\n",
+                "    if distance > 1e9:\n",
+            ),
+        ),
+    ),
+    Group(
+        "plan",
+        "hybrid_fx/plan/build.py",
+        ("tests/passes/test_emit.py", "tests/golden/test_golden.py"),
+        (
+            Fault(
+                "prepared tensors are stored under the wrong number",
+                "(target, index, copies[node])",
+                "(target, len(outputs) - 1 - index, copies[node])",
+                _SESSIONS,
+            ),
+            Fault(
+                "the prefill's passes make the decode",
+                '("decode", DECODE)',
+                '("decode", PREFILL)',
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,168 @@
+"""Mistakes in the passes that stage a graph: gather, hoist, workspace, last tokens."""
+
+from __future__ import annotations
+
+from mutant import Fault, Group
+
+_STAGING = ("tests/passes/test_staging.py",)
+_SESSIONS = ("tests/runtime/test_sessions.py",)
+
+GROUPS = (
+    Group(
+        "gather_weights",
+        "passes/gather.py",
+        _STAGING,
+        (
+            Fault(
+                "the weight is read beside its gather", "if user is not whole:", "if user is whole:"
+            ),
+            Fault(
+                "a second run puts a second gather",
+                'if any(name_of(user) == "gather" for user in node.users):',
+                'if any(name_of(user) == "" for user in node.users):',
+            ),
+        ),
+    ),
+    Group(
+        "hoist",
+        "passes/hoist.py",
+        _STAGING,
+        (
+            Fault(
+                "prepared tensors are handed over in the wrong order",
+                "prepare.output(tuple(copies[node] for node in crossing))",
+                "prepare.output(tuple(copies[node] for node in reversed(crossing)))",
+            ),
+            Fault(
+                "what has memory of its own is taken for a view",
+                'return node.op != "placeholder"',
+                "return False",
+            ),
+            Fault(
+                "a cast is taken for a view",
+                "if not isinstance(source, fx.Node) or dtype_of(node) != dtype_of(source):",
+                "if not isinstance(source, fx.Node):",
+            ),
+            Fault(
+                "two prepared tensors have one name",
+                "    while name in taken:\n",
+                "    while not name:\n",
+            ),
+        ),
+    ),
+    Group(
+        "hoist",
+        "passes/binding.py",
+        _STAGING,
+        (
+            Fault(
+                "what reads a written buffer moves to prepare",
+                "    touched = _touched(graph)\n",
+                "    touched: set[fx.Node] = set()\n",
+            ),
+            Fault(
+                "what has an effect moves to prepare",
+                'elif node.op == "call_function" and is_pure(node) and node not in touched:',
+                'elif node.op == "call_function" and node not in touched:',
+            ),
+            Fault(
+                "only the weight that is written counts as written, not what shares its memory",
+                "todo += source.all_input_nodes",
+                "todo += []",
+            ),
+            Fault(
+                "values that are no tensors cross into the body",
+                "or (node.all_input_nodes and isinstance(value_of(node), torch.Tensor))",
+                "or node.all_input_nodes",
+            ),
+        ),
+    ),
+    Group(
+        "thread_kv_prefill",
+        "passes/thread_kv.py",
+        (*_STAGING, *_SESSIONS),
+        (
+            Fault(
+                "keys and values are swapped",
+                "                key,\n                value,\n",
+                "                value,\n                key,\n",
+            ),
+            Fault("all layers write one memory", 'f"keys_{index}")', '"keys_0")'),
+            Fault(
+                "the window is lost",
+                "                window,\n                softcap,",
+                "                0,\n                softcap,",
+            ),
+            Fault(
+                "the softcap is lost",
+                "                softcap,\n                sinks,",
+                "                0.0,\n                sinks,",
+            ),
+            Fault(
+                "sinks are lost",
+                "                sinks,\n                path",
+                "                None,\n                path",
+            ),
+            Fault(
+                "attention with dropout is threaded", "        if dropout:\n", "        if sinks:\n"
+            ),
+        ),
+    ),
+    Group(
+        "thread_kv_decode",
+        "passes/thread_kv.py",
+        (*_STAGING, *_SESSIONS),
+        (
+            Fault(
+                "the scale of one layer serves all",
+                "query, key, value, scale = node.args[:4]",
+                "query, key, value, scale = (*node.args[:3], 1.0)",
+            ),
+            Fault(
+                "a decode threads the prefill's operator",
+                'return _thread(graph, "attend_one")',
+                'return _thread(graph, "attend")',
+            ),
+        ),
+    ),
+    Group(
+        "keep_last_tokens",
+        "passes/last_tokens.py",
+        _STAGING,
+        (
+            Fault(
+                "a slice of the tokens is taken for one of the vocabulary",
+                "return all(part in whole for part in lead) and len(tail) <= 1",
+                "return len(tail) <= 1",
+            ),
+            Fault(
+                "an operand with one value a token is sliced past",
+                "return all(len(shape_of(other) or (0, 0)) <= 1 for other in others)",
+                "return True",
+            ),
+            Fault(
+                "logits that others read are cut short",
+                "while isinstance(node, fx.Node) and len(node.users) == 1:",
+                "while isinstance(node, fx.Node):",
+            ),
+            Fault(
+                "any operation may stand behind the projection",
+                "if name_of(node) not in _POINTWISE or not",
+                "if not",
+            ),
+        ),
+    ),
+    Group(
+        "keep_last_tokens",
+        "passes/kernels.py",
+        _SESSIONS,
+        (
+            Fault("the first tokens are kept", "x[:, x.shape[1] - keep :]", "x[:, :keep]"),
+            Fault(
+                "the tokens before the last are kept",
+                "x[:, x.shape[1] - keep :]",
+                "x[:, x.shape[1] - keep - 1 : x.shape[1] - 1]",
+            ),
+        ),
+    ),
+)

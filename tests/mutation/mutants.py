@@ -1,0 +1,26 @@
+"""All mutants, in the order in which a graph passes by."""
+
+from __future__ import annotations
+
+import faults_attention
+import faults_engine
+import faults_fusions
+import faults_lora
+import faults_runtime
+import faults_spelling
+import faults_staging
+import faults_tools
+from mutant import Mutant, mutants_of
+
+MUTANTS: list[Mutant] = mutants_of(
+    (
+        *faults_spelling.GROUPS,
+        *faults_lora.GROUPS,
+        *faults_fusions.GROUPS,
+        *faults_staging.GROUPS,
+        *faults_attention.GROUPS,
+        *faults_tools.GROUPS,
+        *faults_runtime.GROUPS,
+        *faults_engine.GROUPS,
+    )
+)
