@@ -134,8 +134,13 @@ GROUPS = (
         (
             Fault(
                 "the error is measured on the rounded sum",
-                "measured.call_function(operator, (wide, *fold.args[1:]))",
+                "measured.call_function(operator, (exact, *fold.args[1:]))",
                 "measured.call_function(operator, (fold.args[0], *fold.args[1:]))",
+            ),
+            Fault(
+                "the measure adds up in the dtype of the fold",
+                'measured.call_function(OPERATORS["exact"], (fold.args[0],))',
+                'measured.call_function(OPERATORS["wide"], (fold.args[0],))',
             ),
             Fault(
                 "places that stay branches are not told to the pass",

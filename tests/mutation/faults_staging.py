@@ -165,4 +165,38 @@ GROUPS = (
             ),
         ),
     ),
+    Group(
+        "take_embeds",
+        "passes/take_embeds.py",
+        ("tests/passes/test_take_embeds.py",),
+        (
+            Fault(
+                "the embeddings stand for one lookup of several",
+                "    return leaving[0]\n",
+                "    return lookups[0]\n",
+            ),
+            Fault(
+                "ids that are read elsewhere count for nothing",
+                "if len(leaving) != 1 or astray:",
+                "if len(leaving) != 1:",
+            ),
+            Fault(
+                "lookups that share no module are replaced",
+                "    if not owner or any(",
+                "    if any(",
+            ),
+        ),
+    ),
+    Group(
+        "take_embeds",
+        "passes/kernels.py",
+        ("tests/passes/test_take_embeds.py",),
+        (
+            Fault(
+                "the ids count though embeddings are given",
+                "return computed if embeds is None else embeds",
+                "return computed if embeds is None else computed + 0 * embeds",
+            ),
+        ),
+    ),
 )

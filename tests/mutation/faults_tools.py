@@ -156,4 +156,50 @@ GROUPS = (
             ),
         ),
     ),
+    Group(
+        "driver",
+        "passes/driver.py",
+        ("tests/passes/test_driver.py", "tests/passes/test_contract.py"),
+        (
+            Fault(
+                "a graph stays as the pass that failed left it",
+                "            snapshot.restore()\n",
+                "            pass\n",
+            ),
+            Fault(
+                "the specification is not looked at behind a pass",
+                "    check_graph(graph, stage=one.name, rules=rules)\n",
+                "    check_graph(graph, stage=one.name, rules=())\n",
+            ),
+        ),
+    ),
+    Group(
+        "driver",
+        "passes/bounds.py",
+        ("tests/passes/test_driver.py",),
+        (
+            Fault(
+                "the bound stays on the graph",
+                '        del vars(graph)["create_node"]\n',
+                "        pass\n",
+            ),
+        ),
+    ),
+    Group(
+        "driver",
+        "passes/snapshot.py",
+        ("tests/passes/test_driver.py",),
+        (
+            Fault(
+                "a node that was erased loses its meta",
+                '        "meta": copy.copy(node.meta),',
+                '        "meta": {},',
+            ),
+            Fault(
+                "nodes come back in another order",
+                "                last.append(node)\n",
+                "                pass\n",
+            ),
+        ),
+    ),
 )

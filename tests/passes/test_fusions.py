@@ -185,6 +185,17 @@ def test_a_sum_and_a_norm_stay_apart_because_of(why: str) -> None:
     assert same(run(graph, given)[0], before)
 
 
+def test_a_sum_at_the_end_of_a_layer_stays_apart_from_the_norm_of_the_next() -> None:
+    build = Builder()
+    x, y = build.input("x", 2, 3, 4), build.input("y", 2, 3, 4)
+    total = build.call("add", x, y, path="layers.0")
+    normed = build.call("layer_norm", total, (4,), None, None, 1e-5, path="layers.1.ln_1")
+    graph = build.output(normed)
+    roles = frozenset(role.name for role in GPT2.roles)
+    layers = {path: LayerMatch(path, GPT2, roles, {}) for path in ("layers.0", "layers.1")}
+    assert fuse_add_norm(graph, Context(layers=layers)).count == 0
+
+
 def _three(build: Builder, change: str = "") -> list[fx.Node]:
     """Projections of one input; ``change`` makes the second odd."""
     x = build.input("x", 2, 3, 4)
