@@ -43,6 +43,9 @@ class HybridConfig:
         fusions: Fused MLP and residual-norm where a recorded benchmark showed a gain of 3 % or
             more on the model's family (``"measured"``), or wherever they fit (``"all"``).
         disable_passes: Names of optional passes to leave out, e.g. ``("concat_qkv",)``.
+        train_graph: While the model is in training, ``engine(**batch)`` runs a graph captured
+            under its training flags: the same loss, gradients and random numbers. Its result
+            holds loss and logits, and never a KV cache; ``graph`` does not lower it.
 
     Raises:
         ConfigError: for a value outside the allowed set.
@@ -58,12 +61,13 @@ class HybridConfig:
     cache_dir: str | None = None
     fusions: FusionMode = "measured"
     disable_passes: tuple[str, ...] = ()
+    train_graph: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(allowed)}")
-        for name in ("release_inference_cache", "strict", "disk_cache"):
+        for name in ("release_inference_cache", "strict", "disk_cache", "train_graph"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name}={value!r} must be True or False")
         tokens = self.max_out_tokens

@@ -2,13 +2,16 @@
 
 ``attention`` is what capture records: causal self-attention over the T tokens of one call, no
 cache. ``attend`` and ``attend_one`` are what the KV pass puts in its place: they write the new
-keys and values into the workspace and read the S positions in use.
+keys and values into the workspace and read the S positions in use. ``attend_as_configured`` is
+what stands there in a training graph.
 
 Shapes: B batch, T tokens in this call, S positions in use, H query heads, K key-value heads,
 D head size, N slots of the workspace.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +81,8 @@ def _eager(
         extra = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat((scores, extra.to(scores.dtype)), -1)
         scores = scores - scores.max(-1, keepdim=True).values
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, -1, dtype=wide).to(query.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
     if dropout:
@@ -203,3 +207,28 @@ def attend_one(
         weights = torch.softmax(scores, -1)
     out = torch.matmul(weights.to(values.dtype), values)
     return out.reshape(batch, 1, heads, values.shape[3])
+
+
+def attend_as_configured(
+    implementation: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: object,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention by the implementation that one module of the model was configured with.
+
+    Args:
+        implementation: Of that module; it belongs to the plan that calls it.
+        query: [B, H, T, D]; key, value: [B, K, T, D].
+        mask: What the implementation takes for one: a tensor, a block mask, or ``None``.
+
+    Returns:
+        [B, T, H, D].
+    """
+    return implementation(query, key, value, mask, scale, window, softcap, sinks, dropout)

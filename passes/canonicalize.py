@@ -137,6 +137,9 @@ _RULES: dict[str, Callable[[fx.Graph, fx.Node], Any]] = {
     "reshape": _view,
 }
 
+#: Rules that leave out what only a backward pass sees: the row of padding that is not trained.
+_WITHOUT_BACKWARD = (_embedding,)
+
 #: Rules whose new node shares memory with others than the old one did.
 _CHANGES_MEMORY = (_times, _view)
 
@@ -167,6 +170,8 @@ def canonicalize(graph: fx.Graph, context: Context) -> PassResult:
     for node in list(graph.nodes):
         rule = _RULES.get(name_of(node) or "")
         if rule is None or not node.users:
+            continue
+        if rule in _WITHOUT_BACKWARD and context.training:
             continue
         if rule in _CHANGES_MEMORY and written & {node, *node.all_input_nodes}:
             continue

@@ -31,6 +31,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "gathered": "every weight reaches the graph through a gather",
         "threaded": "attention reads and writes the KV workspace",
         "takes_embeds": "embeddings may stand in for token ids",
+        "masks_threaded": "attention takes its mask and its module's implementation as inputs",
         "last_tokens": "logits are computed for the last keep tokens only",
     }
 )
@@ -66,11 +67,13 @@ class Context:
         layers: Module path of each decoder layer and the policy that describes it.
         fusions: ``"all"`` of them, or those with a ``"measured"`` gain on the layer's family.
         side: Suffixes of module paths whose LoRA stays a branch, e.g. ``"self_attn.q_proj"``.
+        training: Whether the graph is for autograd: then what only a backward pass sees counts.
     """
 
     layers: Mapping[str, Any] = field(default_factory=dict)
     side: frozenset[str] = frozenset()
     fusions: str = "all"
+    training: bool = False
 
     def wants(self, fusion: str, layer: Any) -> bool:
         """Whether ``fusion`` is to be made in a layer that matched as ``layer`` says."""

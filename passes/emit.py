@@ -18,6 +18,13 @@ from .graph import inside, is_pure, tail_names
 from .operators import operator_name
 from .writer import Writer, wrapped
 
+#: Inputs of which each attention has its own, numbered, and what its layer calls them.
+_OF_A_LAYER = {
+    "keys": "key_memory",
+    "values": "value_memory",
+    "implementations": "implementation",
+}
+
 
 @dataclass
 class _Region:
@@ -96,7 +103,7 @@ def _input_name(node: fx.Node, region: _Region, shared: set[fx.Node]) -> str:
     if "weight" in node.meta:
         return tail_names(str(node.meta["weight"]), region.layer)
     if _is_memory(node):
-        return {"keys": "key_memory", "values": "value_memory"}[node.meta["input"].split("_")[0]]
+        return _OF_A_LAYER[node.meta["input"].rpartition("_")[0]]
     if "input" in node.meta:
         return str(node.meta["input"])
     return node.name if node in shared else "hidden"
@@ -141,7 +148,7 @@ def _is_own(node: fx.Node) -> bool:
 
 
 def _is_memory(node: fx.Node) -> bool:
-    return str(node.meta.get("input", "")).startswith(("keys_", "values_"))
+    return str(node.meta.get("input", "")).rpartition("_")[0] in _OF_A_LAYER
 
 
 def _argument(node: fx.Node) -> str | None:

@@ -70,12 +70,30 @@ def calls(graph: fx.Graph, *names: str) -> list[fx.Node]:
     return [node for node in graph.nodes if name_of(node) in names]
 
 
+#: Operators that draw random numbers: the place and name of their rate, and of what turns it off.
+_RANDOM = {
+    "dropout": ((1, "p", 0.5), (2, "training", True)),
+    "attention": ((7, "dropout", 0.0), None),
+    "scaled_dot_product_attention": ((4, "dropout_p", 0.0), None),
+}
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers: it keeps its place among others that do."""
+    rate, switch = _RANDOM.get(name_of(node) or "", (None, None))
+    return rate is not None and bool(_given(node, *rate) and (not switch or _given(node, *switch)))
+
+
+def _given(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
 def is_pure(node: fx.Node) -> bool:
     """Whether a node may be moved, merged or dropped; what the table lacks may not."""
     if node.op == "call_method":  # as captured: torch ends the names of methods that write in _
         return not str(node.target).endswith("_")
     name = name_of(node)
-    if name is None or name in EFFECTS:
+    if name is None or name in EFFECTS or draws(node):
         return False
     at = INPLACE_AT.get(name, len(node.args))
     return not (node.args[at : at + 1] == (True,) or node.kwargs.keys() & {"inplace", "out"})

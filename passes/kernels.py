@@ -152,6 +152,20 @@ def last_tokens(x: Tensor, keep: int) -> Tensor:
     return x[:, x.shape[1] - keep :].contiguous()
 
 
+def select_tokens(x: Tensor, keep: int | Tensor) -> Tensor:
+    """The last ``keep`` tokens of x [B, T, E], all for 0; or those at the positions ``keep`` [N].
+
+    The very slice that a model takes before its vocabulary projection, so that its backward is
+    the same too.
+    """
+    return x[:, slice(-keep, None) if isinstance(keep, int) else keep, :]
+
+
+def track_gradient(x: Tensor) -> Tensor:
+    """Let gradients reach x, though it depends on nothing that is trained; returns x."""
+    return x.requires_grad_()
+
+
 class Store(Protocol):
     """Where the prepare graph leaves its results."""
 

@@ -45,21 +45,30 @@ def keep_last_tokens(graph: fx.Graph, context: Context) -> PassResult:
 
     Where the output is not a linear under pointwise operations, the whole output is sliced.
     """
+    return _keep(graph, "last_tokens")
+
+
+def keep_selected_tokens(graph: fx.Graph, context: Context) -> PassResult:
+    """The same for training: ``keep`` means what ``logits_to_keep`` means to the model."""
+    return _keep(graph, "select_tokens")
+
+
+def _keep(graph: fx.Graph, operator: str) -> PassResult:
     output = next(node for node in graph.nodes if node.op == "output")
     node = output.args[0]
-    if any(name_of(n) == "last_tokens" for n in graph.nodes):
+    if any(name_of(n) in ("last_tokens", "select_tokens") for n in graph.nodes):
         return PassResult(0)
     found = _projection(node)
     keep = fresh_input(graph, "keep")
     if found is not None:
         source = found.args[0]
         with graph.inserting_before(found):
-            kept = call(graph, "last_tokens", source, keep, path=path_of(found))
+            kept = call(graph, operator, source, keep, path=path_of(found))
         kept.meta["val"] = source.meta.get("val")
         found.update_arg(0, kept)
     else:
         with graph.inserting_before(output):
-            kept = call(graph, "last_tokens", node, keep, path="")
+            kept = call(graph, operator, node, keep, path="")
         output.args = (kept,)
     return PassResult(1)
 
@@ -69,5 +78,14 @@ KEEP_LAST_TOKENS = Pass(
     keep_last_tokens,
     provides=frozenset({"last_tokens"}),
     may_add=frozenset({"last_tokens"}),
+    inputs=frozenset({"keep"}),
+)
+
+KEEP_SELECTED_TOKENS = Pass(
+    "keep_selected_tokens",
+    keep_selected_tokens,
+    provides=frozenset({"last_tokens"}),
+    may_add=frozenset({"select_tokens"}),
+    modes=frozenset({"training"}),
     inputs=frozenset({"keep"}),
 )

@@ -10,7 +10,7 @@ from .graph import calls, inside, path_of
 
 _IN_A_LIST = re.compile(r"^(.*?\.)?(\d+)(\.|$)")
 
-ATTENTION = ("attention", "attend", "attend_one")
+ATTENTION = ("attention", "attend", "attend_one", "attend_as_configured")
 
 
 def layer_of(path: str) -> str | None:

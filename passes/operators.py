@@ -63,11 +63,12 @@ def _build() -> dict[str, Callable[..., Any]]:
     table["linalg_norm"] = torch.linalg.norm
     table["attention"] = attention.attention
     for module, names in (
-        (attention, "attend attend_one"),
+        (attention, "attend attend_one attend_as_configured"),
         (
             kernels,
             "rms_norm add_rms_norm add_layer_norm gated_mlp plain_mlp gather concat_rows "
-            "fold_lora fold_dora fold_error exact given last_tokens store",
+            "fold_lora fold_dora fold_error exact given last_tokens select_tokens track_gradient "
+            "store",
         ),
     ):
         table |= {name: getattr(module, name) for name in names.split()}
@@ -90,7 +91,13 @@ INPLACE_AT: Mapping[str, int] = MappingProxyType(
 )
 
 #: Operators with an effect besides their result: never moved, merged or dropped.
-EFFECTS: frozenset[str] = IN_PLACE | {"attend", "attend_one", "store"}
+EFFECTS: frozenset[str] = IN_PLACE | {
+    "attend",
+    "attend_one",
+    "attend_as_configured",
+    "track_gradient",
+    "store",
+}
 
 
 def operator_name(target: object) -> str | None:

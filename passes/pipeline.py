@@ -14,9 +14,10 @@ from .fold_lora import FOLD_LORA
 from .fuse_mlp import FUSE_MLP
 from .fuse_norm import FUSE_ADD_NORM, FUSE_RMS_NORM
 from .gather import GATHER_WEIGHTS
-from .last_tokens import KEEP_LAST_TOKENS
+from .last_tokens import KEEP_LAST_TOKENS, KEEP_SELECTED_TOKENS
 from .take_embeds import TAKE_EMBEDS
 from .thread_kv import THREAD_KV_DECODE, THREAD_KV_PREFILL
+from .thread_masks import THREAD_MASKS
 
 _CANONICAL = frozenset({"canonical"})
 
@@ -36,9 +37,12 @@ STAGE = Pipeline((GATHER_WEIGHTS,), given=_CANONICAL)
 PREFILL = Pipeline((THREAD_KV_PREFILL, KEEP_LAST_TOKENS, TAKE_EMBEDS), given=_CANONICAL)
 DECODE = Pipeline((THREAD_KV_DECODE, KEEP_LAST_TOKENS), given=_CANONICAL)
 
+#: What makes a canonical graph, captured for training, one that trains as its model does.
+TRAIN = Pipeline((THREAD_MASKS, KEEP_SELECTED_TOKENS), given=_CANONICAL)
+
 #: Every pass of the library by its name.
 PASSES: Mapping[str, Pass] = MappingProxyType(
-    {one.name: one for part in (NORMALIZE, OPTIONAL, STAGE, PREFILL, DECODE) for one in part}
+    {one.name: one for part in (NORMALIZE, OPTIONAL, STAGE, PREFILL, DECODE, TRAIN) for one in part}
 )
 
 

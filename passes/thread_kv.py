@@ -97,7 +97,7 @@ THREAD_KV_PREFILL = Pass(
     "thread_kv_prefill",
     thread_kv_prefill,
     provides=frozenset({"threaded"}),
-    conflicts=frozenset({"threaded"}),
+    conflicts=frozenset({"threaded", "masks_threaded"}),
     may_add=frozenset({"attend"}),
     inputs=_INPUTS,
 )
@@ -105,7 +105,7 @@ THREAD_KV_DECODE = Pass(
     "thread_kv_decode",
     thread_kv_decode,
     provides=frozenset({"threaded"}),
-    conflicts=frozenset({"threaded"}),
+    conflicts=frozenset({"threaded", "masks_threaded"}),
     may_add=frozenset({"attend_one"}),
     inputs=_INPUTS,
 )

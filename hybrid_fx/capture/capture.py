@@ -1,8 +1,10 @@
 """Trace a causal LM's cache-free forward, ``(input_ids, position_ids) -> logits``, once.
 
 The traced call has B = 2 rows and T = 9 tokens, both symbolic in the graph, so that the result
-serves every batch and every length, one included. Placeholders come out bound: weights by their
-qualified names, symbolic sizes by the input they are a size of.
+serves every batch and every length, one included. For training, a call is traced with the very
+arguments that it is given: what the model makes of a missing one is part of its graph.
+Placeholders come out bound: weights by their qualified names, symbolic sizes by the input they
+are a size of.
 """
 
 from __future__ import annotations
@@ -38,8 +40,18 @@ class Captured:
     training: bool
 
 
-def _logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    out: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+def _logits(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    out: Tensor = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+    ).logits
     return out
 
 
@@ -69,6 +81,30 @@ def _loading_hooks(module: nn.Module) -> tuple[Any, ...]:
     return (hook, *getattr(hook, "hooks", ()))
 
 
+def _inputs(model: nn.Module, given: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Arguments [B, T] of one call by name and dtype, both sizes marked symbolic."""
+    device = next(iter(model.parameters())).device
+    places = torch.arange(_TOKENS, device=device).repeat(_ROWS, 1)
+    inputs = {
+        name: (places if name == "position_ids" else torch.ones_like(places)).to(dtype, copy=True)
+        for name, dtype in given.items()
+    }
+    for value in inputs.values():
+        torch._dynamo.mark_dynamic(value, 0)
+        torch._dynamo.mark_dynamic(value, 1)
+    return inputs
+
+
+def _trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> Trace:
+    return trace(
+        _logits,
+        model,
+        inputs["input_ids"],
+        inputs.get("attention_mask"),
+        inputs.get("position_ids"),
+    )
+
+
 def capture(model: nn.Module, *, training: bool = False) -> Captured:
     """Capture ``model``'s forward under one training flag; flags are restored.
 
@@ -76,23 +112,46 @@ def capture(model: nn.Module, *, training: bool = False) -> Captured:
         CaptureError: where the forward cannot be traced as one graph with symbolic sizes.
     """
     _refuse(model)
-    device = next(iter(model.parameters())).device
-    ids = torch.ones(_ROWS, _TOKENS, dtype=torch.int64, device=device)
-    positions = torch.arange(_TOKENS, device=device).expand(_ROWS, _TOKENS).contiguous()
-    for value in (ids, positions):
-        torch._dynamo.mark_dynamic(value, 0)
-        torch._dynamo.mark_dynamic(value, 1)
+    inputs = _inputs(model, {"input_ids": torch.int64, "position_ids": torch.int64})
     flags = {module: module.training for module in model.modules()}
     try:
         for module in flags:
             module.training = training
         with torch.set_grad_enabled(training), canonical_attention(model):
             with traceable_adapters(model):
-                traced = trace(_logits, model, ids, positions)
+                traced = _trace(model, inputs)
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return Captured(_bind(traced, model, {"input_ids": ids, "position_ids": positions}), training)
+    graph = _bind(traced, model, inputs)
+    for name in inputs:
+        if not any(n.meta.get("input") == name for n in graph.nodes):
+            raise CaptureError(f"the forward does not read {name}")
+    return Captured(graph, training)
+
+
+def capture_call(model: nn.Module, given: Mapping[str, torch.dtype]) -> Captured:
+    """Capture the training forward of a call that is given these arguments.
+
+    Every module keeps its training flag. An argument that the model ignores is no input of the
+    graph; what it derives itself from a missing one (positions, say) is computed in the graph.
+
+    Args:
+        given: The dtypes of ``"input_ids"``, and of ``"attention_mask"`` and ``"position_ids"``
+            where they are given; each [B, T].
+
+    Raises:
+        CaptureError: where the forward cannot be traced as one graph with symbolic sizes, or
+            builds its masks in a way that cannot be repeated beside the graph.
+    """
+    _refuse(model)
+    inputs = _inputs(model, given)
+    # Under grad Dynamo drops or refuses what a hook says with requires_grad_().
+    hooked = any(module._forward_hooks for module in model.modules())
+    with torch.set_grad_enabled(not hooked), canonical_attention(model, masks=True):
+        with traceable_adapters(model):
+            traced = _trace(model, inputs)
+    return Captured(_bind(traced, model, inputs), True)
 
 
 def _named_tensors(model: nn.Module) -> dict[int, tuple[str, bool]]:
@@ -127,9 +186,6 @@ def _bind(traced: Trace, model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.G
             raise CaptureError(f"the graph reads {node.name}, no parameter, buffer or input")
     for node in sizes:
         _bind_size(graph, node, symbols)
-    for name in inputs:
-        if not any(n.meta.get("input") == name for n in graph.nodes):
-            raise CaptureError(f"the forward does not read {name}")
     paths = {id(module): name for name, module in model.named_modules()}
     for node in graph.nodes:
         _place(node, paths)

@@ -20,6 +20,9 @@ from ..errors import CaptureError
 
 _NAME = "hybrid_fx_capture"
 
+#: What stands for a mask while a training forward is traced, by the kind of mask.
+_CAUSAL, _WINDOW = "a causal mask", "a causal mask with a window"
+
 #: What attention functions may be given that changes what they compute, and the op does not carry.
 _UNKNOWN = ("position_bias", "head_mask", "layer_head_mask", "indices", "block_indices", "sinks")
 
@@ -29,7 +32,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | str | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -41,6 +44,13 @@ def _attention(
     for name in _UNKNOWN:
         if options.get(name) is not None:
             raise CaptureError(f"{type(module).__name__} gives its attention {name}")
+    if isinstance(attention_mask, str):
+        if (attention_mask == _WINDOW) != bool(sliding_window):
+            raise CaptureError(
+                f"{type(module).__name__} attends under {attention_mask} and says a window of "
+                f"{sliding_window}; mask and window must belong together"
+            )
+        attention_mask = None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is not None or not causal:
         raise CaptureError(
@@ -58,6 +68,14 @@ def _mask(*_: Any, **options: Any) -> None:
     if options.get("local_size") and options.get("chunked"):
         raise CaptureError("chunked attention is not rewritten yet")
     return None
+
+
+def _kind_of_mask(*_: Any, **options: Any) -> str:
+    """The kind of a mask in its place: each attention says by it which one it is given."""
+    _mask(**options)
+    if options.get("use_vmap"):
+        raise CaptureError("its masks are put together with functions of its own")
+    return _WINDOW if options.get("local_size") else _CAUSAL
 
 
 def _refuse_own_attention(name: str | None) -> None:
@@ -82,15 +100,20 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def canonical_attention(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` call the canonical attention op inside the ``with`` block."""
+def canonical_attention(model: nn.Module, *, masks: bool = False) -> Iterator[None]:
+    """Let ``model`` call the canonical attention op inside the ``with`` block.
+
+    Args:
+        masks: Also hold the kind of mask that each attention is given against its window: where
+            masks are to be built beside the graph, one of them must tell the other.
+    """
     configs = _configs(model)
     before = [config._attn_implementation_internal for config in configs]
     for name in before:
         _refuse_own_attention(name)
     try:
         ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _attention
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _mask
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _kind_of_mask if masks else _mask
         for config in configs:
             config._attn_implementation_internal = _NAME
         yield

@@ -21,6 +21,7 @@ from .graphs import ModelGraphs
 from .report import build_explanation
 from .stats import Stats
 from .switch import GenerateSwitch
+from .training_graphs import TrainingGraphs
 from .versions import WeightTracker
 
 
@@ -50,6 +51,9 @@ class HybridEngine:
         self._tracker.on_step = self._after_step
         self._graphs = ModelGraphs(model, config, self.stats, self._tracker)
         self._lock = threading.RLock()
+        self._training_graphs = (
+            TrainingGraphs(model, config, self.stats, self._lock) if config.train_graph else None
+        )
         self._warned: set[str] = set()
         self._training = model.training
         self._closed = False
@@ -64,9 +68,21 @@ class HybridEngine:
         return getattr(self.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward, to train on; with gradients it counts as a weight change."""
-        if torch.is_grad_enabled() and not self._closed:
+        """The model's forward, to train on; with gradients it counts as a weight change.
+
+        Runs the module itself, or with ``train_graph=True`` the training graph while the model
+        is in training.
+
+        Raises:
+            StrictError: under ``strict=True`` and ``train_graph=True``, for a call in training
+                that the graph does not serve.
+        """
+        if self._closed:
+            return self.module(*args, **kwargs)
+        if torch.is_grad_enabled():
             self._tracker.mark("a forward with gradients")
+        if self._training_graphs is not None and self.module.training:
+            return self._training_graphs(*args, **kwargs)
         return self.module(*args, **kwargs)
 
     forward = __call__
@@ -181,7 +197,9 @@ class HybridEngine:
         if not self._closed:
             with self._lock:
                 self._graphs.ready()
-        return build_explanation(self.module, self.config, self._graphs, self.stats)
+        return build_explanation(
+            self.module, self.config, self._graphs, self.stats, self._training_graphs
+        )
 
     def close(self) -> None:
         """Put everything back: the model's generate, torch's hooks, all inference memory."""
@@ -190,6 +208,7 @@ class HybridEngine:
         self._closed = True
         self._tracker.close()
         self._graphs.release()
+        self._training_graphs = None
         attributes = vars(self.module)
         if isinstance(attributes.get("generate"), GenerateSwitch):
             del attributes["generate"]

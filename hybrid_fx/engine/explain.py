@@ -81,7 +81,8 @@ class Explanation:
         kv_bytes: Memory of the KV workspace.
         lora: A decision for each adapted module; empty without adapters.
         fallbacks: Reason to how often a call left the rewritten graphs.
-        sources: ``prepare``, ``prefill`` and ``decode`` to their generated Python source.
+        sources: ``prepare``, ``prefill`` and ``decode`` to their generated Python source; and
+            ``train``, where a training graph has served.
         notes: Whatever else a user should know, one sentence each.
     """
 

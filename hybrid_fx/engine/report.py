@@ -12,6 +12,7 @@ from ..generate import causal_lm
 from .explain import Explanation, LayerReport, LoraDecision, Missed
 from .graphs import FOLD_LIMIT, ModelGraphs
 from .stats import Stats
+from .training_graphs import TrainingGraphs
 
 
 def _layer(row: Any) -> LayerReport:
@@ -68,12 +69,26 @@ def _module_layers(model: nn.Module, failure: str) -> tuple[LayerReport, ...]:
     return ()
 
 
+def _training_notes(training: TrainingGraphs) -> list[str]:
+    if training.failure:
+        return [training.failure]
+    return [] if training.source else ["train_graph=True: the first training forward captures it"]
+
+
 def build_explanation(
-    model: nn.Module, config: HybridConfig, graphs: ModelGraphs, stats: Stats
+    model: nn.Module,
+    config: HybridConfig,
+    graphs: ModelGraphs,
+    stats: Stats,
+    training: TrainingGraphs | None,
 ) -> Explanation:
     """The report of an engine as it stands."""
     runner = graphs.runner
     notes = [graphs.failure] if graphs.failure else []
+    sources = {} if runner is None else dict(runner.plan.sources)
+    if training is not None:
+        notes += _training_notes(training)
+        sources |= {"train": training.source} if training.source else {}
     notes += _hook_notes(model)
     if config.lora == "side":
         notes.append('lora="side": adapters run as low-rank branches')
@@ -90,6 +105,6 @@ def build_explanation(
         kv_bytes=0 if runner is None else runner.workspace.nbytes,
         lora=_lora(config, graphs) + _other_adapters(model),
         fallbacks=dict(stats.fallbacks),
-        sources={} if runner is None else dict(runner.plan.sources),
+        sources=sources,
         notes=tuple(notes),
     )

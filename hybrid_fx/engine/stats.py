@@ -28,6 +28,7 @@ COUNTERS: tuple[str, ...] = (
     "prepares",  # runs of the prepare graph
     "generate_calls",  # calls of generate, whatever path they took
     "hf_forwards",  # forwards of the HF module while generating
+    "train_graph_calls",  # training forwards that ran on the training graph
 )
 
 

@@ -22,7 +22,7 @@ from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, copy_
 from ..passes.policies import POLICIES
 from ..passes.roles import LayerMatch, match_layer
 from ..passes.spec import THREADED, check_graph
-from ..passes.thread_kv import kv_shapes
+from ..passes.thread_kv import KVShape, kv_shapes
 from .plan import KVLayer, Manifest, Plan, Prepared, Weight
 
 INPUTS = ("input_ids", "position_ids", "slots", "key_valid", "pitch", "keep")
@@ -40,13 +40,16 @@ _FUSED = {
 }
 
 
-def normalize(graph: fx.Graph) -> fx.Graph:
+def normalize(graph: fx.Graph, *, training: bool = False) -> fx.Graph:
     """The canonical form of a captured graph, in place.
+
+    Args:
+        training: Whether it is to run under autograd.
 
     Raises:
         IllegalGraphError: where an operation is not in the operator table.
     """
-    run_passes(graph, NORMALIZE, Context())
+    run_passes(graph, NORMALIZE, Context(training=training))
     return graph
 
 
@@ -77,17 +80,7 @@ def build_plan(
     context = Context(layers=layers, side=side, fusions=fusions)
     records = run_passes(graph, OPTIONAL.without(disable_passes) + STAGE, context)
     reports = [_report(graph, match, records) for match in layers.values()]
-    kv = tuple(
-        KVLayer(
-            path=shape.path,
-            kv_heads=shape.heads,
-            head_size=shape.key_size,
-            value_head_size=shape.value_size,
-            window=shape.window or None,
-            dtype=str(shape.dtype).removeprefix("torch."),
-        )
-        for shape in kv_shapes(graph)
-    )
+    kv = kv_layers(kv_shapes(graph))
     staged = hoist(graph)
     weights = _number_weights(staged.prepare)
     prepare, sites = _prepare_source(staged, list(layers))
@@ -116,6 +109,21 @@ def build_plan(
         embeds=embeds,
     )
     return Plan(manifest=manifest, sources=sources)
+
+
+def kv_layers(shapes: Sequence[KVShape]) -> tuple[KVLayer, ...]:
+    """The attentions of a graph as a manifest lists them."""
+    return tuple(
+        KVLayer(
+            path=shape.path,
+            kv_heads=shape.heads,
+            head_size=shape.key_size,
+            value_head_size=shape.value_size,
+            window=shape.window or None,
+            dtype=str(shape.dtype).removeprefix("torch."),
+        )
+        for shape in shapes
+    )
 
 
 def _dtype(value: Any) -> str:

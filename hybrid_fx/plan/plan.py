@@ -35,7 +35,9 @@ from .source_check import TORCH_CONSTANTS, check_source
 FORMAT = 2
 """Version of the manifest's fields. Raise it with every change to them."""
 SOURCES = ("prepare", "prefill", "decode")
-"""The sources of every plan, in the order in which they run."""
+"""The sources of a plan that generates, in the order in which they run."""
+TRAINING = ("train",)
+"""The sources of a plan that trains."""
 
 _DTYPES = frozenset(name for name, value in TORCH_CONSTANTS.items() if type(value) is torch.dtype)
 
@@ -211,7 +213,8 @@ class Plan:
 
     Attributes:
         manifest: what the sources take and return.
-        sources: generated Python text under ``"prepare"``, ``"prefill"`` and ``"decode"``.
+        sources: generated Python text under ``"prepare"``, ``"prefill"`` and ``"decode"``, or
+            under ``"train"`` alone.
 
     Raises:
         CacheError: when a source is missing, unknown or not text.
@@ -223,11 +226,14 @@ class Plan:
     def __post_init__(self) -> None:
         if type(self.manifest) is not Manifest:
             odd(self, "manifest", "a Manifest")
-        if not isinstance(self.sources, Mapping) or set(self.sources) != set(SOURCES):
-            odd(self, "sources", f"a mapping with exactly the keys {', '.join(SOURCES)}")
+        names = set(self.sources) if isinstance(self.sources, Mapping) else set()
+        order = next((kind for kind in (SOURCES, TRAINING) if names == set(kind)), None)
+        if order is None:
+            wanted = f"{', '.join(SOURCES)}, or {', '.join(TRAINING)}"
+            odd(self, "sources", f"a mapping with exactly the keys {wanted}")
         if not all(type(source) is str for source in self.sources.values()):
             odd(self, "sources", "a mapping of names to text")
-        object.__setattr__(self, "sources", {name: self.sources[name] for name in SOURCES})
+        object.__setattr__(self, "sources", {name: self.sources[name] for name in order})
 
     def to_json(self) -> dict[str, JSON]:
         """Return plain JSON values, the sources line by line so that a person can diff them."""

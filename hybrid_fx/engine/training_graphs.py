@@ -1,0 +1,235 @@
+"""Training on the captured graph: from a call of the engine to loss and logits.
+
+A graph belongs to a structure of the model and to the set of arguments it is called with. Each is
+captured once, kept in memory and on the disk, and proven on the live model before its first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache.disk import default_directory
+from ..cache.key import StructureKey
+from ..cache.plan_cache import PlanCache
+from ..cache.stamp import structure_stamp
+from ..capture import assumptions, capture_call
+from ..config import HybridConfig
+from ..errors import CaptureError, StrictError
+from ..generate import causal_lm
+from ..passes.operators import OPERATORS
+from ..plan.plan import Plan
+from ..plan.training import build_training_plan
+from ..runtime.configured import loss_of
+from ..runtime.training import TrainingRunner
+from .proof import said
+from .stats import Stats
+from .training_call import TrainingCall, read_call
+from .training_proof import Proof, prove, without_checkpointing
+
+logger = logging.getLogger("hybrid_fx")
+
+#: Structures of one model whose graphs are kept bound: adapters on and off, and some more.
+_KEPT = 4
+_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+@dataclass
+class _Structure:
+    """The graphs of one structure.
+
+    Attributes:
+        modules: Of the model: kept, so that the addresses in a stamp stay theirs.
+        digest: Of the structure's key.
+        runners: By the arguments of a call; or why there is none.
+        proofs: By the arguments and their kind.
+    """
+
+    modules: list[nn.Module]
+    digest: str
+    runners: dict[str, TrainingRunner | str] = field(default_factory=dict)
+    proofs: dict[tuple[Any, ...], Proof] = field(default_factory=dict)
+
+
+def _uncached_autocast(device: str) -> AbstractContextManager[Any]:
+    """The caller's autocast, without its cache: what is proven must not be kept there."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
+
+
+class TrainingGraphs:
+    """The training graphs of one model, kept in step with it.
+
+    Args:
+        lock: Held while a graph is captured and proven, as while generating.
+
+    Attributes:
+        source: Of the graph that served last, or "".
+        failure: Why the latest call that was not served ran as the module, or "".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: HybridConfig,
+        stats: Stats,
+        lock: AbstractContextManager[Any],
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._stats = stats
+        self._lock = lock
+        directory = None
+        if config.disk_cache:
+            directory = Path(config.cache_dir) if config.cache_dir else default_directory()
+        self._cache = PlanCache(directory, operator_names=OPERATORS.keys())
+        self._structures: OrderedDict[Any, _Structure] = OrderedDict()
+        self.source = ""
+        self.failure = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``model(*args, **kwargs)`` returns, from the graph where it serves the call.
+
+        Raises:
+            StrictError: under ``strict=True``, where it does not.
+        """
+        causal: Any = causal_lm(self._model)
+        call = self._refuse() or read_call(self._model, causal, args, kwargs)
+        found = call if isinstance(call, str) else self._ready(causal, call)
+        if isinstance(call, str) or isinstance(found, str):
+            self.failure = f"training forward: {found}"
+            self._stats.fallback(self.failure)
+            if self._config.strict:
+                raise StrictError(
+                    f"{self.failure}; set strict=False to run such calls as the module"
+                )
+            return self._model(*args, **kwargs)
+        runner, proof = found
+        self.source = runner.plan.sources["train"]
+        self._stats.count("train_graph_calls")
+        logits = runner.logits(
+            call.input_ids,
+            call.attention_mask,
+            call.position_ids,
+            keep=call.keep,
+            cached=call.cached,
+        )
+        loss = None if call.labels is None else loss_of(causal, logits, call.labels, {**call.loss})
+        output = proof.output(loss=loss, logits=logits)
+        return output if call.return_dict else output.to_tuple()
+
+    def _refuse(self) -> str:
+        """Why nothing runs from graphs here and now, or ""."""
+        if torch.is_inference_mode_enabled():
+            return "inference mode is on"
+        for path, module in self._model.named_modules():
+            if module._backward_hooks or module._backward_pre_hooks:
+                return f"a backward hook on {path or 'the model'}"
+        return ""
+
+    def _ready(self, causal: Any, call: TrainingCall) -> tuple[TrainingRunner, Proof] | str:
+        """A runner that serves ``call``, proven; or why there is none."""
+        device = call.input_ids.device.type
+        names = " ".join(f"{name}:{dtype}" for name, dtype in call.given.items())
+        if torch.is_autocast_enabled(device):
+            names += f" under autocast:{torch.get_autocast_dtype(device)}"
+        with self._lock, _uncached_autocast(device):
+            return self._proven(causal, call, names)
+
+    def _proven(
+        self, causal: Any, call: TrainingCall, names: str
+    ) -> tuple[TrainingRunner, Proof] | str:
+        structure = self._structure()
+        runner = structure.runners.get(names)
+        if runner is None:
+            runner = structure.runners[names] = self._bind(structure, names, call)
+        if isinstance(runner, str):
+            return runner
+        if runner.reads_positions and call.position_ids is not None:
+            return "its attention implementation may look at position_ids"
+        kept = "all" if type(call.keep) is int and not call.keep else type(call.keep)
+        kind = (names, kept, call.cached)
+        proof = structure.proofs.get(kind)
+        if proof is None:
+            try:
+                proof = prove(self._model, causal, runner, self._tensors(), call)
+                looks = call.position_ids is not None and call.attention_mask is None
+                if proof.difference and looks and runner.packing and not call.cached:
+                    runner.packing = False
+                    proof = prove(self._model, causal, runner, self._tensors(), call)
+            except _NO_MEMORY:
+                return "no memory to prove its graph"
+            except Exception as error:  # whatever fails on the small batch, the module may do
+                proof = Proof(type(None), said(error))
+            if not proof.settled:
+                return "its loss is not finite, which proves nothing about its graph"
+            structure.proofs[kind] = proof
+            if proof.difference:
+                logger.warning("%s trains as its module: %s", type(causal).__name__, proof)
+        if proof.difference:
+            return f"its graph does not reproduce the module: {proof.difference}"
+        return runner, proof
+
+    def _structure(self) -> _Structure:
+        stamp = structure_stamp(self._model, training=True)
+        found = self._structures.get(stamp)
+        if found is None:
+            key = StructureKey.of(self._model, self._config, training=True)
+            found = _Structure(list(self._model.modules()), key.digest())
+            self._structures[stamp] = found
+            while len(self._structures) > _KEPT:
+                self._structures.popitem(last=False)
+        self._structures.move_to_end(stamp)
+        return found
+
+    def _bind(self, structure: _Structure, names: str, call: TrainingCall) -> TrainingRunner | str:
+        """The plan of one set of arguments, bound to the model; or why there is none."""
+        try:
+            plan = self._plan(f"{structure.digest} train {names}", call)
+            table = causal_lm(self._model).get_input_embeddings()
+            return TrainingRunner(plan, self._model, dtype=table.weight.dtype)
+        except _NO_MEMORY:
+            raise
+        except Exception as error:  # a model that does not compile trains all the same
+            reason = f"not captured: {said(error)}"
+            logger.warning("%s trains as its module: %s", type(self._model).__name__, reason)
+            return reason
+
+    def _plan(self, name: str, call: TrainingCall) -> Plan:
+        """From memory, from the disk, or built from a capture."""
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        assumed = assumptions()
+        hits = self._cache.hits_memory
+        plan = self._cache.get(digest)
+        if plan is not None and not plan.manifest.broken_guards(assumed):
+            memory = self._cache.hits_memory > hits
+            self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
+            return plan
+        for parameter in self._model.parameters():
+            if hasattr(parameter, "ds_id"):
+                raise CaptureError("its parameters are sharded, and gathered by its modules")
+        with without_checkpointing(self._model):
+            captured = capture_call(self._model, call.given)
+        self._stats.count("captures")
+        causal: Any = causal_lm(self._model)
+        plan = build_training_plan(
+            captured.graph,
+            model=type(causal).__name__,
+            vocab_size=int(causal.get_input_embeddings().weight.shape[0]),
+            guards=assumed,
+        )
+        self._cache.put(digest, plan)
+        return plan
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
+        return found | dict(self._model.named_buffers(remove_duplicate=False))
