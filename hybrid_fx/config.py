@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .passes.contract import Pass
+    from .passes.roles import Policy
 
 LoraMode = Literal["auto", "fold", "side"]
 FusionMode = Literal["measured", "all"]
@@ -46,6 +50,10 @@ class HybridConfig:
         train_graph: While the model is in training, ``engine(**batch)`` runs a graph captured
             under its training flags: the same loss, gradients and random numbers. Its result
             holds loss and logits, and never a KV cache; ``graph`` does not lower it.
+        passes: Passes of your own, :class:`hybrid_fx.passes.Pass`; each runs as late as its
+            contract allows, in the graphs that generate. They may add any operator of the table.
+        policies: Decoder families of your own, :class:`hybrid_fx.passes.Policy`; tried before
+            those of the library.
 
     Raises:
         ConfigError: for a value outside the allowed set.
@@ -62,6 +70,8 @@ class HybridConfig:
     fusions: FusionMode = "measured"
     disable_passes: tuple[str, ...] = ()
     train_graph: bool = False
+    passes: tuple[Pass, ...] = ()
+    policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -81,6 +91,15 @@ class HybridConfig:
                 f"e.g. ({self.disable_passes!r},)"
             )
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
+        for name, kind in (("passes", "Pass"), ("policies", "Policy")):
+            entries = getattr(self, name)
+            given = entries if isinstance(entries, tuple | list) else (entries,)
+            # By name: who gives none shall not wait for torch to load.
+            if odd := next((entry for entry in given if type(entry).__name__ != kind), None):
+                raise ConfigError(
+                    f"{name} holds a {type(odd).__name__}; give a tuple of hybrid_fx.passes.{kind}"
+                )
+            object.__setattr__(self, name, tuple(given))
 
 
 def make_config(

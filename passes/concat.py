@@ -78,6 +78,7 @@ def _join_roles(graph: fx.Graph, context: Context, roles: Sequence[str]) -> Pass
         else:
             misses.append((path, failure))
     if count:
+        weights_first(graph)  # the last layer's stacks too: like layers stay alike
         sweep(graph)
     return PassResult(count, tuple(misses))
 

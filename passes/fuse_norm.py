@@ -15,9 +15,10 @@ from .rewrite import Rule, apply_rule
 
 def _rms_norm(graph: fx.Graph, found: Match) -> fx.Node | None:
     """The operator computes in float32 and rounds to x's dtype before the weight; so must this."""
-    root, x = found.root, found["x"]
-    if name_of(root) != "mul":
-        return None
+    root = found.root
+    if name_of(root) != "mul" or not {"x", "weight", "eps"} <= found.bindings.keys():
+        return None  # an rms_norm already, or a norm of another kind
+    x = found["x"]
     normed = next((arg for arg in root.args if arg is not found["weight"]), None)
     if dtype_of(normed) != dtype_of(x):
         return None

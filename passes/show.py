@@ -1,15 +1,16 @@
-"""A node and what stands around it, as text for a terminal."""
+"""Graphs as text for a terminal: a node with what stands around it, and what a pass changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from difflib import unified_diff
 
 import torch
 from torch import fx
 
-from .graph import name_of, path_of, value_of
+from .graph import inside, name_of, path_of, tail_names, value_of, weight_name
 
-_WIDTH = 96
+_WIDTH = 110
 _NEIGHBOURS = 8
 
 
@@ -22,10 +23,13 @@ def kind_of(value: object) -> str:
     return type(value).__name__
 
 
-def line(node: fx.Node) -> str:
-    """One node as a line: ``mul_2: float32[2, s0, 64] = mul(silu, up)  in model.layers.0.mlp``."""
-    args = [_spelt(arg) for arg in node.args]
-    args += [f"{key}={_spelt(value)}" for key, value in node.kwargs.items()]
+def line(node: fx.Node, within: str = "") -> str:
+    """One node as a line: ``mul_2: float32[2, s0, 64] = mul(silu, up)  in model.layers.0.mlp``.
+
+    Names of weights and modules are as seen from inside the module ``within``.
+    """
+    args = [_spelt(arg, within) for arg in node.args]
+    args += [f"{key}={_spelt(value, within)}" for key, value in node.kwargs.items()]
     if node.op == "output":
         return _cut(f"output({', '.join(args)})")
     value = value_of(node)
@@ -34,16 +38,19 @@ def line(node: fx.Node) -> str:
         return _cut(f"{named}  ({_stands_for(node)})")
     target = name_of(node) or getattr(node.target, "__name__", str(node.target))
     method = "." if node.op == "call_method" else ""
-    place = f"  in {path_of(node)}" if path_of(node) else ""
+    path = tail_names(path_of(node), within)
+    place = f"  in {path}" if path and path != within else ""
     room = _WIDTH - len(place)
     return _cut(f"{named} = {method}{target}({', '.join(args)})", max(room, 40)) + place
 
 
-def _spelt(value: object) -> str:
+def _spelt(value: object, within: str) -> str:
     if isinstance(value, tuple | list):
-        inner = ", ".join(map(_spelt, value))
+        inner = ", ".join(_spelt(item, within) for item in value)
         return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
-    return value.name if isinstance(value, fx.Node) else repr(value)
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    return tail_names(weight_name(value) or value.name, within)
 
 
 def _stands_for(node: fx.Node) -> str:
@@ -75,6 +82,19 @@ def neighbourhood(node: fx.Node, *, reach: int = 2) -> str:
         if len(all_of_them) > _NEIGHBOURS:
             text.append(f"{'':>7}  and {len(all_of_them) - _NEIGHBOURS} more {what}")
     return "\n".join(text)
+
+
+def listing(graph: fx.Graph, within: str = "") -> list[str]:
+    """The nodes of a graph as lines, in order: those that stand in the module ``within``."""
+    return [line(node, within) for node in graph.nodes if inside(node, within)]
+
+
+def changes(before: Sequence[str], after: Sequence[str], *, around: int = 1) -> str:
+    """What changed from one listing to another: ``-`` went, ``+`` came, ``...`` is a gap."""
+    lines = list(unified_diff(before, after, lineterm="", n=around))[2:]
+    return "\n".join(
+        "  ..." if text.startswith("@@") else f"{text[0]} {text[1:]}" for text in lines
+    )
 
 
 def _rows(nodes: list[fx.Node], label: dict[fx.Node, str]) -> Iterable[str]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import fields
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -82,6 +83,12 @@ def class_items(kind: type) -> list[tuple[str, Any]]:
     """What stands in ``kind`` itself and may change how its objects act."""
     items = vars(kind).items()
     return [(n, v) for n, v in items if n not in _NOT_CODE and not _is_remembered(n, v)]
+
+
+def is_frozen_data(value: object) -> bool:
+    """Whether a value is an object of a frozen dataclass: a pass, a policy, a pattern."""
+    told: Any = getattr(type(value), "__dataclass_params__", None)
+    return told is not None and bool(told.frozen)
 
 
 class Fingerprints:
@@ -194,9 +201,16 @@ class Fingerprints:
             return {"slot": value.__name__}
         if isinstance(value, ModuleType):
             return {"python module": value.__name__}
+        if is_frozen_data(value):
+            return {"data": self._once(value, self._frozen_data)}
         if isinstance(value, logging.Logger):  # remembers which levels were asked for
             return {"object": reference(type(value))}
         return self._object(value, depth)
+
+    def _frozen_data(self, value: Any) -> str:
+        # All of it, however deep: a pattern nests, and nothing in it can change.
+        told = {entry.name: self.value(getattr(value, entry.name)) for entry in fields(value)}
+        return sha256(reference(type(value)), text(told))
 
     def _object(self, value: Any, depth: int) -> Any:
         kind = type(value)

@@ -12,10 +12,19 @@ import os
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-from .fingerprint import Fingerprints, class_items, nested_code, reference, sha256, text
+from .fingerprint import (
+    Fingerprints,
+    class_items,
+    is_frozen_data,
+    nested_code,
+    reference,
+    sha256,
+    text,
+)
 
 # Told by their versions; what is patched in their classes is read with the classes.
 _BY_VERSION = frozenset(("torch", "builtins", "hybrid_fx")) | sys.stdlib_module_names
@@ -50,6 +59,10 @@ def functions_in(value: Any, seen: set[int] | None = None) -> Iterator[FunctionT
         inside += [value.fget, value.fset]
     elif isinstance(value, functools.partial | functools.partialmethod | functools.cached_property):
         inside.append(value.func)
+    elif is_frozen_data(value):
+        inside += [getattr(value, entry.name) for entry in fields(value)]
+    elif isinstance(value, tuple | list):
+        inside += [item for item in value if is_frozen_data(item)]
     elif hasattr(value, "__wrapped__") and not isinstance(value, type):
         inside.append(value.__wrapped__)
     elif callable(value) and not isinstance(value, type):
@@ -96,11 +109,19 @@ def _used(space: dict[str, Any], roots: Iterable[CodeType]) -> dict[str, Any]:
                     continue
                 found[name] = value = space[name]
                 if isinstance(value, type):
-                    inner = class_functions(value) if value.__module__ == space["__name__"] else ()
+                    inner = (
+                        class_functions(value) if value.__module__ == space.get("__name__") else ()
+                    )
                 else:
-                    inner = functions_in(value) if isinstance(value, FunctionType) else ()
+                    inner = functions_in(value) if _holds_functions(value) else ()
                 work.extend(f.__code__ for f in inner if f.__globals__ is space)
     return found
+
+
+def _holds_functions(value: Any) -> bool:
+    """Functions, and the rules or passes that hold some: what a name may stand for."""
+    some = value[0] if isinstance(value, tuple | list) and value else value
+    return isinstance(some, FunctionType) or is_frozen_data(some)
 
 
 def _told(value: Any, prints: Fingerprints, module_name: str) -> Any:
@@ -108,6 +129,8 @@ def _told(value: Any, prints: Fingerprints, module_name: str) -> Any:
         own = value.__module__ == module_name
         return {"class": [reference(value), prints.one_class(value) if own else ""]}
     if isinstance(value, FunctionType | functools.partial) or hasattr(value, "__wrapped__"):
+        return prints.value(value)
+    if is_frozen_data(value):
         return prints.value(value)
     # Constants only: a registry (often a dict of a class of its own) fills up with every model that
     # the process builds, and its state is not code.

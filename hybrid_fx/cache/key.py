@@ -51,7 +51,7 @@ class StructureKey:
         modules: (path, class) of every module; a shared one once for each path, with the first.
         classes: (path, digest) of every module's class and its bases as they stand in memory.
         helpers: (Python module, digest of its file, digest of the functions and constants that
-            the model's classes, hooks and overrides use of it now).
+            the model's classes, hooks and overrides, and the user's passes, use of it now).
         overrides: (path, name, digest) of what can be called in a module's own ``__dict__``:
             a patched ``forward`` or helper, an activation function.
         attributes: (path, JSON) of the other attributes of a module: numbers, strings, flags.
@@ -95,6 +95,7 @@ class StructureKey:
         hooks = [row for row in hooks if not is_ours(row[2])]
         functions = [f for value in code for f in functions_in(value)]
         functions += [f for _, _, hook in hooks for f in functions_in(hook)]
+        functions += [f for one in (*config.passes, *config.policies) for f in functions_in(one)]
         return cls(
             modules=_modules(model),
             classes=tuple((path, prints.whole_class(type(module))) for path, module in tree),

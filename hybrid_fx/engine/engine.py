@@ -188,8 +188,10 @@ class HybridEngine:
         """Say that weights were written in a way nothing can see, e.g. through ``.data``."""
         self._tracker.mark("weights_changed()")
 
-    def explain(self) -> Explanation:
+    def explain(self, *, passes: bool = False) -> Explanation:
         """What was rewritten in each layer, what was not and why; memory; generated sources.
+
+        With ``passes``, also what each pass did: places, nodes added and removed, time.
 
         Captures and prepares the model if that did not happen yet. ``print()`` shows a table,
         ``.render(sources=True)`` the sources too, ``.as_dict()`` gives the same as data.
@@ -198,7 +200,12 @@ class HybridEngine:
             with self._lock:
                 self._graphs.ready()
         return build_explanation(
-            self.module, self.config, self._graphs, self.stats, self._training_graphs
+            self.module,
+            self.config,
+            self._graphs,
+            self.stats,
+            self._training_graphs,
+            passes=passes,
         )
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from .iteration import readable_bytes
+from .pass_table import PassReport, pass_table
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -84,6 +85,7 @@ class Explanation:
         sources: ``prepare``, ``prefill`` and ``decode`` to their generated Python source; and
             ``train``, where a training graph has served.
         notes: Whatever else a user should know, one sentence each.
+        passes: What each pass did; empty unless ``explain(passes=True)`` asked for it.
     """
 
     layers: tuple[LayerReport, ...]
@@ -97,6 +99,7 @@ class Explanation:
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    passes: tuple[PassReport, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data that JSON can hold."""
@@ -129,6 +132,8 @@ class Explanation:
         yield f"{self.matched} of {self.total} layers rewritten"
         if self.layers:
             yield self._layer_table()
+        if self.passes:
+            yield pass_table(self.passes)
         yield self._memory_table()
         yield from self._lora_lines()
         if self.fallbacks:

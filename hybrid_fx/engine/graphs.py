@@ -22,8 +22,12 @@ from ..capture import assumptions, capture
 from ..config import HybridConfig
 from ..errors import StrictError
 from ..generate import causal_lm, position_limit
+from ..passes.contract import Context
+from ..passes.driver import PassRecord, run_passes
 from ..passes.operators import OPERATORS
-from ..plan.build import build_plan, normalize
+from ..passes.pipeline import NORMALIZE
+from ..plan.build import build_plan
+from ..plan.choice import optional_passes, policies
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
 from ..runtime.lowering import by_inductor
@@ -57,6 +61,7 @@ class ModelGraphs:
         self._config = config
         self._stats = stats
         self._tracker = tracker
+        self._passes, self._policies = optional_passes(config), policies(config)
         directory = None
         if config.disk_cache:
             directory = Path(config.cache_dir) if config.cache_dir else default_directory()
@@ -71,6 +76,7 @@ class ModelGraphs:
         self._built: set[str] = set()
         self._folding: PlanRunner | None = None
         self._canonical: fx.Graph | None = None
+        self._normalized: tuple[PassRecord, ...] = ()
         self._prepared_version: int | None = None
         self._proven: PlanRunner | None = None
         self._side: frozenset[str] = frozenset()
@@ -156,17 +162,17 @@ class ModelGraphs:
             self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
             self._stored = name not in self._built
             return plan
-        disabled = self._config.disable_passes
-        if self._config.lora == "side":
-            disabled += ("fold_lora",)
+        canonical = self._canonical_graph()
         plan = build_plan(
-            self._canonical_graph(),
+            canonical,
             model=type(causal_lm(self._model)).__name__,
             vocab_size=self._vocabulary(),
             guards=assumed,
             side=side,
-            disable_passes=disabled,
             fusions=self._config.fusions,
+            passes=self._passes,
+            policies=self._policies,
+            before=self._normalized,
         )
         self._cache.put(name, plan)
         self._stored = False
@@ -177,7 +183,8 @@ class ModelGraphs:
         if self._canonical is None:
             captured = capture(self._model)
             self._stats.count("captures")
-            self._canonical = normalize(captured.graph)
+            self._normalized = run_passes(captured.graph, NORMALIZE, Context())
+            self._canonical = captured.graph
         return self._canonical
 
     def _vocabulary(self) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import HybridConfig, make_config
 from ..errors import ConfigError, InputError
+from ..plan.choice import optional_passes, policies
 from .engine import HybridEngine
 from .switch import engine_of
 
@@ -52,12 +53,15 @@ def hybridize(
 
     Raises:
         InputError: where ``model`` is no module or cannot generate.
-        ConfigError: for an unknown option, or where the model has an engine with other options.
+        ConfigError: for an unknown option, passes or policies that do not fit together, or where
+            the model has an engine with other options.
     """
     checked = _check(model)
     options = make_config(config, overrides)
     present = engine_of(checked)
     if present is None:
+        for choose in (optional_passes, policies):
+            choose(options)  # what does not fit is refused before anything is touched
         return HybridEngine(checked, options)
     if options != present.config and (config is not None or overrides):
         raise ConfigError(

@@ -11,6 +11,7 @@ from ..config import HybridConfig
 from ..generate import causal_lm
 from .explain import Explanation, LayerReport, LoraDecision, Missed
 from .graphs import FOLD_LIMIT, ModelGraphs
+from .pass_table import pass_reports
 from .stats import Stats
 from .training_graphs import TrainingGraphs
 
@@ -81,6 +82,8 @@ def build_explanation(
     graphs: ModelGraphs,
     stats: Stats,
     training: TrainingGraphs | None,
+    *,
+    passes: bool = False,
 ) -> Explanation:
     """The report of an engine as it stands."""
     runner = graphs.runner
@@ -107,4 +110,5 @@ def build_explanation(
         fallbacks=dict(stats.fallbacks),
         sources=sources,
         notes=tuple(notes),
+        passes=pass_reports(runner.plan.manifest.passes) if passes and runner else (),
     )

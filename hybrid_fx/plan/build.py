@@ -5,12 +5,13 @@ canonical graph -> match policies -> rewrite -> gather -> hoist -> thread the wo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from ..passes.contract import Context
+from ..passes.contract import Context, Pipeline
 from ..passes.driver import PassRecord, run_passes
 from ..passes.emit import emit
 from ..passes.fold_lora import site_of
@@ -20,9 +21,10 @@ from ..passes.layers import layer_paths
 from ..passes.operators import OPERATORS
 from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, copy_graph
 from ..passes.policies import POLICIES
-from ..passes.roles import LayerMatch, match_layer
+from ..passes.roles import LayerMatch, Policy, match_layer
 from ..passes.spec import THREADED, check_graph
 from ..passes.thread_kv import KVShape, kv_shapes
+from .log import hoisted, logged
 from .plan import KVLayer, Manifest, Plan, Prepared, Weight
 
 INPUTS = ("input_ids", "position_ids", "slots", "key_valid", "pitch", "keep")
@@ -60,8 +62,10 @@ def build_plan(
     vocab_size: int,
     guards: Mapping[str, str | bool] | None = None,
     side: frozenset[str] = frozenset(),
-    disable_passes: Sequence[str] = (),
     fusions: str = "measured",
+    passes: Pipeline = OPTIONAL,
+    policies: Sequence[Policy] = POLICIES,
+    before: Sequence[PassRecord] = (),
 ) -> Plan:
     """Rewrite a canonical graph (left as it is) into a plan.
 
@@ -72,22 +76,28 @@ def build_plan(
         model: What the model is called, for people.
         guards: What the capture assumed beside the model, see :mod:`hybrid_fx.capture`.
         side: Adapted modules, relative to their layer, whose LoRA stays a branch.
-        disable_passes: Names of optional passes to leave out.
         fusions: ``"measured"`` or ``"all"``, see :class:`~hybrid_fx.passes.contract.Context`.
+        passes: Over the layers, before gathers are put in.
+        policies: Tried in this order.
+        before: What passes did to ``canonical`` already, for the report.
     """
     graph = copy_graph(canonical)
-    layers = {path: match_layer(graph, path, POLICIES) for path in layer_paths(graph)}
+    layers = {path: match_layer(graph, path, policies) for path in layer_paths(graph)}
     context = Context(layers=layers, side=side, fusions=fusions)
-    records = run_passes(graph, OPTIONAL.without(disable_passes) + STAGE, context)
+    records = run_passes(graph, passes + STAGE, context)
     reports = [_report(graph, match, records) for match in layers.values()]
     kv = kv_layers(kv_shapes(graph))
+    log = [*logged("model", before), *logged("layers", records)]
+    start, size = time.perf_counter(), len(graph.nodes)
     staged = hoist(graph)
+    log.append(hoisted(staged, size, time.perf_counter() - start))
     weights = _number_weights(staged.prepare)
     prepare, sites = _prepare_source(staged, list(layers))
     sources, embeds = {"prepare": prepare}, False
-    for stage, passes in (("prefill", PREFILL), ("decode", DECODE)):
+    for stage, pipeline in (("prefill", PREFILL), ("decode", DECODE)):
         body = copy_graph(staged.body)
-        done = run_passes(body, passes, context)
+        done = run_passes(body, pipeline, context)
+        log += logged(stage, done)
         embeds |= any(record.name == "take_embeds" and record.result.count for record in done)
         check_graph(body, stage=stage, rules=THREADED)
         sources[stage] = emit(
@@ -107,6 +117,7 @@ def build_plan(
         layers=tuple(reports),
         lora=tuple(sites),
         embeds=embeds,
+        passes=tuple(log),
     )
     return Plan(manifest=manifest, sources=sources)
 

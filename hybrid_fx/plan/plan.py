@@ -13,7 +13,7 @@ import linecache
 import math
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -32,7 +32,7 @@ from .plain import (
 )
 from .source_check import TORCH_CONSTANTS, check_source
 
-FORMAT = 2
+FORMAT = 3
 """Version of the manifest's fields. Raise it with every change to them."""
 SOURCES = ("prepare", "prefill", "decode")
 """The sources of a plan that generates, in the order in which they run."""
@@ -139,6 +139,7 @@ class Manifest:
         layers: one report a decoder layer: path, policy, fused, missed.
         lora: the adapted modules that are folded, in the order in which ``measure`` reports them.
         embeds: whether prefill takes embeddings in place of token ids.
+        passes: what each pass did when the plan was built; no part of equality, as it holds times.
 
     Raises:
         CacheError: for a field of another type, an unknown dtype, a value JSON cannot hold.
@@ -155,6 +156,7 @@ class Manifest:
     layers: tuple[JSON, ...] = ()
     lora: tuple[JSON, ...] = ()
     embeds: bool = False
+    passes: tuple[JSON, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if type(self.format) is not int or self.format != FORMAT:
@@ -164,7 +166,7 @@ class Manifest:
         need_bool(self, "embeds")
         for name, kind in _RECORDS.items():
             set_tuple(self, name, kind)
-        for name in ("notes", "layers", "lora"):
+        for name in ("notes", "layers", "lora", "passes"):
             entries = set_tuple(self, name)
             value = tuple(plain(entry, f"Manifest.{name}") for entry in entries)
             object.__setattr__(self, name, value)

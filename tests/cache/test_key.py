@@ -107,7 +107,9 @@ def test_the_digest_reads_every_field() -> None:
 def test_options_outside_the_graph_are_named_and_change_nothing() -> None:
     names = {field.name for field in dataclasses.fields(HybridConfig)}
     assert names >= NOT_IN_GRAPH
-    assert names - NOT_IN_GRAPH == {"graph", "lora", "fusions", "disable_passes"}
+    assert names - NOT_IN_GRAPH == {
+        *("graph", "lora", "fusions", "disable_passes", "passes", "policies")
+    }
     model = tiny_llama()
     other = HybridConfig(max_out_tokens=9, strict=True, cache_dir="/nowhere", disk_cache=False)
     assert StructureKey.of(model, other) == key_of(model)

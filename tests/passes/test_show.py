@@ -6,7 +6,7 @@ from small_graphs import Builder
 from torch import fx
 
 from hybrid_fx.passes.graph import calls
-from hybrid_fx.passes.show import line, neighbourhood
+from hybrid_fx.passes.show import changes, line, listing, neighbourhood
 
 
 def _chain(length: int) -> tuple[Builder, list[fx.Node]]:
@@ -25,7 +25,7 @@ def test_a_line_says_name_kind_call_and_place() -> None:
     assert line(w) == "lin_weight: float32[4, 3]  (parameter lin.weight)"
     assert line(buffer) == "table: float32[4]  (weight table)"
     out = build.call("linear", x, w, None, path="lin")
-    assert line(out) == "linear: float32[2, 4] = linear(x, lin_weight, None)  in lin"
+    assert line(out) == "linear: float32[2, 4] = linear(x, lin.weight, None)  in lin"
     parts = build.call("split", out, [1, 3], -1)
     assert line(parts) == "split: (float32[2, 1], float32[2, 3]) = split(linear, [1, 3], -1)"
     method = build.raw("sum", out, dim=(0,))
@@ -60,5 +60,32 @@ def test_many_neighbours_are_counted_and_lines_are_cut() -> None:
     text = neighbourhood(calls(build.graph, "cat")[0])
     assert "and 22 more inputs" in text
     assert "and 4 more users" in text  # ten are read: eight of them shown, and the output
-    assert max(map(len, text.splitlines())) <= 106
+    assert max(map(len, text.splitlines())) <= 119
     assert " …" in text
+
+
+def test_a_listing_tells_names_as_seen_from_inside_the_module() -> None:
+    build = Builder()
+    x, w = build.input("x", 2, 3), build.weight("layers.0.lin.weight", 4, 3)
+    build.output(build.call("linear", x, w, None, path="layers.0.lin"))
+    assert listing(build.graph, "layers.0") == [
+        "linear: float32[2, 4] = linear(x, lin.weight, None)  in lin"
+    ]
+    assert listing(build.graph, "layers.1") == []
+
+
+def test_changes_show_what_went_and_what_came_with_gaps_between() -> None:
+    before = [f"line {index}" for index in range(12)]
+    after = [*before[:2], "new", *before[3:10], *before[11:]]
+    assert changes(before, after, around=1).splitlines() == [
+        "  ...",
+        "  line 1",
+        "- line 2",
+        "+ new",
+        "  line 3",
+        "  ...",
+        "  line 9",
+        "- line 10",
+        "  line 11",
+    ]
+    assert changes(before, before) == ""

@@ -134,7 +134,7 @@ def test_a_shape_given_as_torch_size_is_stored_as_plain_ints():
 
 
 FREE = {("manifest", "guards"): dict} | {
-    ("manifest", name): list for name in ("notes", "layers", "lora")
+    ("manifest", name): list for name in ("notes", "layers", "lora", "passes")
 }
 """Fields that hold any JSON values, and the type that holds them."""
 ODD = (None, True, 1.5, 0.0, -1, "odd", b"odd", ["odd", 1], {"odd": 1}, object)
