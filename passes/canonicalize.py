@@ -16,6 +16,7 @@ from torch import fx
 
 from .contract import ANY, Context, Pass, PassResult
 from .functionalize import functionalize, written_memory
+from .grad_scopes import detach_scopes, is_switch
 from .graph import call, dtype_of, name_of, path_of, shape_of, sweep, value_of
 from .operators import operator_name
 from .spelling import arrange, spell
@@ -43,7 +44,7 @@ def _drop_scope(node: fx.Node) -> bool:
         if leave is not None:
             node.graph.erase_node(leave)
         return not node.users
-    return text == "_set_grad_enabled" or text in _IGNORED
+    return is_switch(node) or text in _IGNORED
 
 
 def _to(graph: fx.Graph, node: fx.Node) -> Any:
@@ -150,7 +151,7 @@ def canonicalize(graph: fx.Graph, context: Context) -> PassResult:
     Returns:
         The number of nodes that were rewritten or dropped.
     """
-    count = 0
+    count = detach_scopes(graph) if context.training else 0
     for node in list(graph.nodes):
         before = (node.op, node.target)
         if node.op in ("call_function", "call_method") and _drop_scope(node):
@@ -190,4 +191,5 @@ CANONICALIZE = Pass(
     provides=frozenset({"canonical"}),
     may_add=ANY,
     exact=True,
+    modes=frozenset({"inference", "training"}),
 )
