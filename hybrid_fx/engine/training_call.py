@@ -84,7 +84,7 @@ def read_call(
 def _odd_tensors(given: Mapping[str, Any]) -> str:
     """Why the tensors of a call are not those of a plain batch, or ""."""
     ids = given.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or not len(ids):
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
         return "input_ids that are not int64 [B, T]"
     for name in ("attention_mask", "position_ids"):
         value = given.get(name, ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -50,12 +51,14 @@ class _Structure:
         modules: Of the model: kept, so that the addresses in a stamp stay theirs.
         digest: Of the structure's key.
         runners: By the arguments of a call; or why there is none.
+        built: The arguments whose plan was made here and now, and not read from the disk.
         proofs: By the arguments and their kind.
     """
 
     modules: list[nn.Module]
     digest: str
     runners: dict[str, TrainingRunner | str] = field(default_factory=dict)
+    built: set[str] = field(default_factory=set)
     proofs: dict[tuple[Any, ...], Proof] = field(default_factory=dict)
 
 
@@ -158,26 +161,42 @@ class TrainingGraphs:
             return "its attention implementation may look at position_ids"
         kept = "all" if type(call.keep) is int and not call.keep else type(call.keep)
         kind = (names, kept, call.cached)
-        proof = structure.proofs.get(kind)
-        if proof is None:
-            try:
-                proof = prove(self._model, causal, runner, self._tensors(), call)
-                looks = call.position_ids is not None and call.attention_mask is None
-                if proof.difference and looks and runner.packing and not call.cached:
-                    runner.packing = False
-                    proof = prove(self._model, causal, runner, self._tensors(), call)
-            except _NO_MEMORY:
-                return "no memory to prove its graph"
-            except Exception as error:  # whatever fails on the small batch, the module may do
-                proof = Proof(type(None), said(error))
+        if kind not in structure.proofs:
+            proof = self._prove(causal, runner, call)
+            if proof.difference and names not in structure.built:
+                warnings.warn(
+                    f"hybrid_fx: the stored training plan of {type(causal).__name__} is not used "
+                    f"({proof.difference}); the model is captured again and the file replaced",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                runner = structure.runners[names] = self._bind(structure, names, call, fresh=True)
+                if isinstance(runner, str):
+                    return runner
+                proof = self._prove(causal, runner, call)
             if not proof.settled:
                 return "its loss is not finite, which proves nothing about its graph"
             structure.proofs[kind] = proof
             if proof.difference:
-                logger.warning("%s trains as its module: %s", type(causal).__name__, proof)
+                logger.warning(
+                    "%s trains as its module: %s", type(causal).__name__, proof.difference
+                )
+        proof = structure.proofs[kind]
         if proof.difference:
             return f"its graph does not reproduce the module: {proof.difference}"
         return runner, proof
+
+    def _prove(self, causal: Any, runner: TrainingRunner, call: TrainingCall) -> Proof:
+        tensors = tensors_of(self._model)
+        looks = call.position_ids is not None and call.attention_mask is None and not call.cached
+        try:
+            proof = prove(self._model, causal, runner, tensors, call)
+            if proof.difference and looks and runner.packing:
+                runner.packing = False
+                proof = prove(self._model, causal, runner, tensors, call)
+        except Exception as error:  # whatever fails on the small batch, the module may do
+            return Proof(type(None), said(error))
+        return proof
 
     def _structure(self) -> _Structure:
         stamp = structure_stamp(self._model, training=True)
@@ -185,16 +204,29 @@ class TrainingGraphs:
         if found is None:
             key = StructureKey.of(self._model, self._config, training=True)
             found = _Structure(list(self._model.modules()), key.digest())
+            alive = {id(module) for module in found.modules}
+            for other, known in list(self._structures.items()):
+                if not alive.issuperset(map(id, known.modules)):
+                    del self._structures[other]  # it would hold weights that the model gave up
             self._structures[stamp] = found
             while len(self._structures) > _KEPT:
                 self._structures.popitem(last=False)
         self._structures.move_to_end(stamp)
         return found
 
-    def _bind(self, structure: _Structure, names: str, call: TrainingCall) -> TrainingRunner | str:
+    def _bind(
+        self, structure: _Structure, names: str, call: TrainingCall, *, fresh: bool = False
+    ) -> TrainingRunner | str:
         """The plan of one set of arguments, bound to the model; or why there is none."""
         try:
-            plan = self._plan(f"{structure.digest} train {names}", call)
+            if any(hasattr(parameter, "ds_id") for parameter in self._model.parameters()):
+                raise CaptureError("its parameters are sharded, and gathered by its modules")
+            name = f"{structure.digest} train {names}"
+            digest = hashlib.sha256(name.encode()).hexdigest()
+            plan = None if fresh else self._known(digest)
+            if plan is None:
+                plan = self._build(digest, call)
+                structure.built.add(names)
             table = causal_lm(self._model).get_input_embeddings()
             return TrainingRunner(plan, self._model, dtype=table.weight.dtype)
         except _NO_MEMORY:
@@ -204,19 +236,18 @@ class TrainingGraphs:
             logger.warning("%s trains as its module: %s", type(self._model).__name__, reason)
             return reason
 
-    def _plan(self, name: str, call: TrainingCall) -> Plan:
-        """From memory, from the disk, or built from a capture."""
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        assumed = assumptions()
+    def _known(self, digest: str) -> Plan | None:
+        """A plan from memory or from the disk."""
         hits = self._cache.hits_memory
         plan = self._cache.get(digest)
-        if plan is not None and not plan.manifest.broken_guards(assumed):
-            memory = self._cache.hits_memory > hits
-            self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
-            return plan
-        for parameter in self._model.parameters():
-            if hasattr(parameter, "ds_id"):
-                raise CaptureError("its parameters are sharded, and gathered by its modules")
+        if plan is None or plan.manifest.broken_guards(assumptions()):
+            return None
+        memory = self._cache.hits_memory > hits
+        self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
+        return plan
+
+    def _build(self, digest: str, call: TrainingCall) -> Plan:
+        """Capture the model, and keep the plan."""
         with without_checkpointing(self._model):
             captured = capture_call(self._model, call.given)
         self._stats.count("captures")
@@ -225,11 +256,13 @@ class TrainingGraphs:
             captured.graph,
             model=type(causal).__name__,
             vocab_size=int(causal.get_input_embeddings().weight.shape[0]),
-            guards=assumed,
+            guards=assumptions(),
         )
         self._cache.put(digest, plan)
         return plan
 
-    def _tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
-        return found | dict(self._model.named_buffers(remove_duplicate=False))
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, by all of its qualified names."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..generate import position_limit
 from ..runtime.configured import loss_of
 from ..runtime.probe import TOLERANCE
 from ..runtime.training import TrainingRunner
@@ -113,16 +114,18 @@ def _batch(causal: Any, runner: TrainingRunner, call: TrainingCall) -> TrainingC
     """A random batch with what ``call`` has: padding left, right and in between, packed rows."""
     windows = [a.window for a in runner.plan.manifest.kv if a.window]
     tokens = max([8, *(window + 4 for window in windows if window <= 64)])
+    tokens = min(tokens, position_limit(causal.config) or tokens)
     rng = torch.Generator().manual_seed(0)
     device = call.input_ids.device
-    vocabulary = runner.plan.manifest.vocab_size
-
+    said = causal.config.get_text_config(decoder=True)
+    # An embedding may have more rows than there are tokens.
+    vocabulary = min(runner.plan.manifest.vocab_size, said.vocab_size)
     padding = getattr(causal.get_input_embeddings(), "padding_idx", None)
 
     def random() -> Tensor:
         ids = torch.randint(vocabulary, (_ROWS, tokens), generator=rng).to(device)
-        if padding is not None:
-            ids[0, :2] = padding  # the row whose gradient is left out
+        if padding is not None and padding < vocabulary:
+            ids[0, :2] = ids[2, 1] = padding  # the row whose gradient is left out
         return ids
 
     mask = torch.ones(_ROWS, tokens, device=device, dtype=torch.int64)
@@ -133,10 +136,11 @@ def _batch(causal: Any, runner: TrainingRunner, call: TrainingCall) -> TrainingC
     labels = random()
     labels[0, :3] = _IGNORED
     keep = call.keep
-    kept = places[0, -3:] if isinstance(keep, Tensor) else min(keep, tokens - 3)
-    if runner.checkpointed:  # then layers leave the cache aside, which shows in the last bits
-        call = replace(call, use_cache=False, cached=False)
-    given_mask, whole = call.attention_mask, isinstance(keep, int) and keep == 0
+    whole = isinstance(keep, int) and keep == 0
+    kept = places[0, -3:] if isinstance(keep, Tensor) else min(keep, max(1, tokens - 3))
+    if runner.checkpointed:  # then the model keeps no cache, which shows in the last bits
+        call = replace(call, use_cache=False)
+    given_mask = call.attention_mask
     return replace(
         call,
         input_ids=random(),

@@ -137,6 +137,8 @@ def layer_checkpoint(
     if not switched:
         return None
     found = {p: m for p, m in switched if isinstance(m, GradientCheckpointingLayer)}
+    if len(found) == len(switched):  # then the model still makes a cache, and layers lose it
+        raise CaptureError("gradient checkpointing that is on in layers and off in their model")
     if set(found) != set(layers) or not whole:
         which = ", ".join(sorted(set(found) ^ set(layers))) or "parts of its layers"
         raise CaptureError(f"gradient checkpointing that does not go by decoder layers: {which}")

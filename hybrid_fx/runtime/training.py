@@ -114,9 +114,11 @@ class TrainingRunner:
         Args:
             attention_mask, position_ids: [B, T], or ``None`` as in the call that was captured.
             keep: ``logits_to_keep`` of transformers.
-            cached: Whether the module would put keys and values into a cache.
+            cached: Whether the module would put keys and values into a cache; it does not where
+                layers are checkpointed.
             weights: By qualified name, in place of the model's own; then nothing is checkpointed.
         """
+        cached = cached and not self.checkpointed
         masks = build_masks(
             self._config,
             self._kinds,
@@ -132,8 +134,7 @@ class TrainingRunner:
             position_ids,
             *masks,
             keep,
-            # Under checkpointing a layer leaves the cache aside.
-            self._cached if cached and not self.checkpointed else self._uncached,
+            self._cached if cached else self._uncached,
             self._weights(weights),
         )
         return out

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine.training_steps import assert_same_step, ids, model_of, padded, served, step
+from engine.training_steps import (
+    assert_same_step,
+    ids,
+    model_of,
+    packed,
+    padded,
+    served,
+    step,
+)
+from tiny_models import VOCAB
 
 import hybrid_fx
+from hybrid_fx.cache.disk import DiskStore
 from hybrid_fx.errors import ConfigError, StrictError
+from hybrid_fx.passes.operators import OPERATORS
 from hybrid_fx.runtime.configured import Configured
 
 
@@ -100,17 +115,60 @@ def test_a_graph_that_computes_something_else_is_found_and_never_serves(
         return plain(self, *args[:2], args[2].detach(), *args[3:])
 
     model = model_of("qwen2")
-    changes = {
-        "differs from the module's": other_scale,
-        "other random numbers": other_numbers,
-        "the gradient of": other_gradient,
+    wrong: dict[str, tuple[Any, dict[str, Any]]] = {
+        "differs from the module's": (other_scale, {}),
+        "other random numbers": (other_numbers, {"use_cache": False}),
+        "the gradient of": (other_gradient, {"labels": None, "logits_to_keep": 4}),
     }
-    for reason, wrong in changes.items():
-        monkeypatch.setattr(Configured, "__call__", wrong)
-        with hybridized(model) as engine:
-            assert_same_step(step(engine, model, **padded()), step(model, model, **padded()))
-            assert reason in next(iter(engine.stats.fallbacks))
-            assert engine.stats.counters["train_graph_calls"] == 0
+    with hybridized(model, disk_cache=False) as engine:
+        for reason, (mistake, changes) in wrong.items():
+            call = padded() | changes
+            monkeypatch.setattr(Configured, "__call__", mistake)
+            assert_same_step(step(engine, model, **call), step(model, model, **call))
+            assert reason in list(engine.stats.fallbacks)[-1]
+        assert engine.stats.counters["captures"] == 1
+        assert engine.stats.counters["train_graph_calls"] == 0
+
+
+def test_a_stored_plan_that_is_wrong_is_captured_again_with_one_warning(tmp_path: Path) -> None:
+    model = model_of("qwen2")
+    with hybridized(model, cache_dir=str(tmp_path)) as engine:
+        want = step(engine, model, **padded())
+    (file,) = tmp_path.glob("*.json")
+    store = DiskStore(tmp_path, operator_names=OPERATORS)
+    plan = store.read(file.stem)
+    assert plan is not None
+    wrong = plan.sources["train"].replace("op.silu(", "op.gelu(")
+    assert wrong != plan.sources["train"]
+    store.write(file.stem, replace(plan, sources={"train": wrong}))
+    with hybridized(model, cache_dir=str(tmp_path)) as engine:
+        with pytest.warns(RuntimeWarning, match="captured again and the file replaced"):
+            assert_same_step(step(engine, model, **padded()), want)
+        assert served(engine) == engine.stats.counters["captures"] == 1
+    assert store.read(file.stem) == plan
+
+
+def test_an_embedding_longer_than_the_vocabulary_is_proven_within_it() -> None:
+    model = model_of("llama")
+    model.resize_token_embeddings(VOCAB + 8)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:VOCAB].detach().clone())
+    model.config.vocab_size = VOCAB
+    with hybridized(model) as engine:
+        assert_same_step(step(engine, model, **padded()), step(model, model, **padded()))
+        assert served(engine) == 1
+
+
+def test_what_the_model_gives_up_is_not_kept_for_it() -> None:
+    model = model_of("llama")
+    with hybridized(model) as engine:
+        engine(**padded())
+        old = weakref.ref(model.model.layers[1])
+        model.model.layers = model.model.layers[:1]
+        model.config.num_hidden_layers = 1
+        assert_same_step(step(engine, model, **padded()), step(model, model, **padded()))
+        assert served(engine) == 2
+        gc.collect()
+        assert old() is None
 
 
 def test_a_proof_leaves_gradients_hooks_on_parameters_and_random_state_alone() -> None:
@@ -131,8 +189,7 @@ def test_a_proof_leaves_gradients_hooks_on_parameters_and_random_state_alone() -
     assert all(bool((p.grad == 1).all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("case", ["gpt2", "lora"])
+@pytest.mark.parametrize(("case", "reentrant"), [("gpt2", False), ("lora", True)])
 def test_gradient_checkpointing_is_honoured(
     case: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +212,15 @@ def test_gradient_checkpointing_is_honoured(
         assert len(calls) == 2, "the layer was not computed again in the backward pass"
 
 
+def test_positions_begin_new_sequences_under_checkpointing_as_in_the_module() -> None:
+    model = model_of("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    call = {"input_ids": ids(), "position_ids": packed(), "labels": ids()}
+    with hybridized(model) as engine:
+        assert_same_step(step(engine, model, **call), step(model, model, **call))
+        assert served(engine) == 1
+
+
 def test_checkpointing_a_part_of_the_layers_is_refused_with_their_names() -> None:
     model = model_of("llama")
     model.gradient_checkpointing_enable()
@@ -165,7 +231,7 @@ def test_checkpointing_a_part_of_the_layers_is_refused_with_their_names() -> Non
     assert model.model.layers[1].gradient_checkpointing
 
 
-@pytest.mark.parametrize("case", ["llama", "lora"])
+@pytest.mark.parametrize("case", ["eager", pytest.param("lora", marks=pytest.mark.deep)])
 def test_autocast_is_honoured(case: str) -> None:
     model = model_of(case)
     with hybridized(model, disk_cache=False) as engine:
@@ -185,6 +251,7 @@ def test_bfloat16_weights_give_the_modules_step() -> None:
         assert served(engine) == 1
 
 
+@pytest.mark.deep
 def test_switching_adapters_off_and_on_captures_each_state_once() -> None:
     model = model_of("lora")
     with hybridized(model, disk_cache=False) as engine:

@@ -12,7 +12,7 @@ from tiny_models import VOCAB, adapted, prompt, tiny
 
 import hybrid_fx
 
-CYCLES = 12
+CYCLES = 8
 
 
 def model_under_test(lora: bool) -> Any:
