@@ -95,11 +95,15 @@ class HybridConfig:
             entries = getattr(self, name)
             given = entries if isinstance(entries, tuple | list) else (entries,)
             # By name: who gives none shall not wait for torch to load.
-            if odd := next((entry for entry in given if type(entry).__name__ != kind), None):
+            if odd := next((entry for entry in given if not _is_a(entry, kind)), None):
                 raise ConfigError(
                     f"{name} holds a {type(odd).__name__}; give a tuple of hybrid_fx.passes.{kind}"
                 )
             object.__setattr__(self, name, tuple(given))
+
+
+def _is_a(value: object, kind: str) -> bool:
+    return kind in (base.__name__ for base in type(value).__mro__)
 
 
 def make_config(

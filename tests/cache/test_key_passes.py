@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +91,14 @@ def test_what_a_pass_closes_over_is_part_of_the_key(key: Any) -> None:
 
     assert key(passes=(closing_over(1),)) == key(passes=(closing_over(1),))
     assert key(passes=(closing_over(1),)) != key(passes=(closing_over(2),))
+
+
+def test_what_a_pass_is_bound_to_is_part_of_the_key(key: Any) -> None:
+    def bound_to(value: int) -> Pass:
+        return Pass("mine", functools.partial(user_pass().run, fusions=value))
+
+    assert key(passes=(bound_to(1),)) == key(passes=(bound_to(1),))
+    assert key(passes=(bound_to(1),)) != key(passes=(bound_to(2),))
 
 
 def test_the_order_of_passes_is_part_of_the_key(key: Any) -> None:
