@@ -30,6 +30,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "add_norms_fused": "a residual sum and the norm that reads it are one operator",
         "gathered": "every weight reaches the graph through a gather",
         "threaded": "attention reads and writes the KV workspace",
+        "sharded": "each rank computes its share of heads, MLP and vocabulary",
         "takes_embeds": "embeddings may stand in for token ids",
         "masks_threaded": "attention takes its mask and its module's implementation as inputs",
         "last_tokens": "logits are computed for the last keep tokens only",
@@ -68,12 +69,14 @@ class Context:
         fusions: ``"all"`` of them, or those with a ``"measured"`` gain on the layer's family.
         side: Suffixes of module paths whose LoRA stays a branch, e.g. ``"self_attn.q_proj"``.
         training: Whether the graph is for autograd: then what only a backward pass sees counts.
+        shard: Which rank of how many the graph is for.
     """
 
     layers: Mapping[str, Any] = field(default_factory=dict)
     side: frozenset[str] = frozenset()
     fusions: str = "all"
     training: bool = False
+    shard: tuple[int, int] = (0, 1)
 
     def wants(self, fusion: str, layer: Any) -> bool:
         """Whether ``fusion`` is to be made in a layer that matched as ``layer`` says."""

@@ -15,6 +15,8 @@ _POINTWISE = ("truediv", "mul", "tanh", "to", "contiguous", "getitem", "add")
 def _each_alone(node: fx.Node) -> bool:
     """Whether a call gives each token's logits from that token's logits alone."""
     source, *rest = node.args
+    if name_of(node) == "all_gather":
+        return True
     if name_of(node) not in _POINTWISE or not isinstance(source, fx.Node) or node.kwargs:
         return False
     if name_of(node) == "getitem":  # logits[..., :v] keeps all tokens
@@ -27,7 +29,7 @@ def _each_alone(node: fx.Node) -> bool:
     return all(len(shape_of(other) or (0, 0)) <= 1 for other in others)
 
 
-def _projection(node: object) -> fx.Node | None:
+def projection(node: object) -> fx.Node | None:
     """The linear that gives the logits, where nothing but the output sees what it gives."""
     while isinstance(node, fx.Node) and len(node.users) == 1:
         if name_of(node) == "linear":
@@ -58,7 +60,7 @@ def _keep(graph: fx.Graph, operator: str) -> PassResult:
     node = output.args[0]
     if any(name_of(n) in ("last_tokens", "select_tokens") for n in graph.nodes):
         return PassResult(0)
-    found = _projection(node)
+    found = projection(node)
     keep = fresh_input(graph, "keep")
     if found is not None:
         source = found.args[0]

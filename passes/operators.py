@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import attention, kernels
+from . import attention, collectives, kernels
 
 # Python operators serve tensors and symbolic sizes alike.
 _PYTHON = (
@@ -63,6 +63,7 @@ def _build() -> dict[str, Callable[..., Any]]:
     table["linalg_norm"] = torch.linalg.norm
     table["attention"] = attention.attention
     for module, names in (
+        (collectives, "all_reduce all_gather"),
         (attention, "attend attend_one attend_as_configured"),
         (
             kernels,
@@ -97,6 +98,8 @@ EFFECTS: frozenset[str] = IN_PLACE | {
     "attend_as_configured",
     "track_gradient",
     "store",
+    "all_reduce",
+    "all_gather",
 }
 
 

@@ -15,6 +15,7 @@ from .fuse_mlp import FUSE_MLP
 from .fuse_norm import FUSE_ADD_NORM, FUSE_RMS_NORM
 from .gather import GATHER_WEIGHTS
 from .last_tokens import KEEP_LAST_TOKENS, KEEP_SELECTED_TOKENS
+from .shard_tp import SHARD_TP
 from .take_embeds import TAKE_EMBEDS
 from .thread_kv import THREAD_KV_DECODE, THREAD_KV_PREFILL
 from .thread_masks import THREAD_MASKS
@@ -26,7 +27,7 @@ NORMALIZE = Pipeline((CANONICALIZE,))
 
 #: Rewrites layers, by policy; each may be left out.
 OPTIONAL = Pipeline(
-    (FUSE_RMS_NORM, FOLD_LORA, CONCAT_QKV, CONCAT_GATE_UP, FUSE_MLP, FUSE_ADD_NORM),
+    (FUSE_RMS_NORM, FOLD_LORA, SHARD_TP, CONCAT_QKV, CONCAT_GATE_UP, FUSE_MLP, FUSE_ADD_NORM),
     given=_CANONICAL,
 )
 

@@ -66,6 +66,7 @@ def build_plan(
     passes: Pipeline = OPTIONAL,
     policies: Sequence[Policy] = POLICIES,
     before: Sequence[PassRecord] = (),
+    shard: tuple[int, int] = (0, 1),
 ) -> Plan:
     """Rewrite a canonical graph (left as it is) into a plan.
 
@@ -76,6 +77,7 @@ def build_plan(
         model: What the model is called, for people.
         guards: What the capture assumed beside the model, see :mod:`hybrid_fx.capture`.
         side: Adapted modules, relative to their layer, whose LoRA stays a branch.
+        shard: For which rank of how many.
         fusions: ``"measured"`` or ``"all"``, see :class:`~hybrid_fx.passes.contract.Context`.
         passes: Over the layers, before gathers are put in.
         policies: Tried in this order.
@@ -83,7 +85,7 @@ def build_plan(
     """
     graph = copy_graph(canonical)
     layers = {path: match_layer(graph, path, policies) for path in layer_paths(graph)}
-    context = Context(layers=layers, side=side, fusions=fusions)
+    context = Context(layers=layers, side=side, fusions=fusions, shard=shard)
     records = run_passes(graph, passes + STAGE, context)
     reports = [_report(graph, match, records) for match in layers.values()]
     kv = kv_layers(kv_shapes(graph))
@@ -103,7 +105,7 @@ def build_plan(
         sources[stage] = emit(
             body,
             function=stage,
-            parameters=INPUTS + _MEMORY + _MORE[stage],
+            parameters=INPUTS + _MEMORY + _MORE[stage] + (("group",) if shard[1] > 1 else ()),
             layer_name="decoder_layer",
             layers=list(layers),
         )
@@ -118,6 +120,7 @@ def build_plan(
         lora=tuple(sites),
         embeds=embeds,
         passes=tuple(log),
+        ranks=shard[1],
     )
     return Plan(manifest=manifest, sources=sources)
 

@@ -140,6 +140,7 @@ class Manifest:
         lora: the adapted modules that are folded, in the order in which ``measure`` reports them.
         embeds: whether prefill takes embeddings in place of token ids.
         passes: what each pass did when the plan was built; no part of equality, as it holds times.
+        ranks: how many ranks compute the model together; beyond one the graphs take their group.
 
     Raises:
         CacheError: for a field of another type, an unknown dtype, a value JSON cannot hold.
@@ -157,12 +158,13 @@ class Manifest:
     lora: tuple[JSON, ...] = ()
     embeds: bool = False
     passes: tuple[JSON, ...] = field(default=(), compare=False)
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if type(self.format) is not int or self.format != FORMAT:
             odd(self, "format", f"{FORMAT}; capture the model again")
         need_text(self, "model")
-        need_positive(self, "vocab_size")
+        need_positive(self, "vocab_size", "ranks")
         need_bool(self, "embeds")
         for name, kind in _RECORDS.items():
             set_tuple(self, name, kind)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..errors import EngineClosedError
+from ..errors import EngineClosedError, InputError
+from ..passes.collectives import Group
 from ..passes.layers import layer_of
 from ..passes.operators import OPERATORS
 from ..plan.plan import Plan, load_functions
@@ -28,6 +29,7 @@ class PlanRunner:
         limit: The model's maximum positions, a bound for how far the workspace grows ahead.
         max_out_tokens: Positions a row to reserve at least.
         timer: Opens the spans in which sessions count prefill and decode.
+        group: Of the ranks that compute the model together, for a plan of several.
     """
 
     def __init__(
@@ -39,7 +41,14 @@ class PlanRunner:
         limit: int | None = None,
         max_out_tokens: int | None = None,
         timer: Timer,
+        group: Group | None = None,
     ) -> None:
+        if (plan.manifest.ranks > 1) != (group is not None):
+            raise InputError(
+                f"the plan is for {plan.manifest.ranks} ranks, group is {group!r}; give a plan of "
+                "several ranks their group, and no other"
+            )
+        self._group = () if group is None else (group,)
         self.plan = plan
         self.device = device
         self._limit = limit
@@ -141,6 +150,7 @@ class PlanRunner:
             capacity=max(capacity, self._presize) + self._lowered,
             device=self.device,
             limit=self._limit,
+            group=self._group,
             timer=timer or self._timer,
             on_close=self._close,
         )

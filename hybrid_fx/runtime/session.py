@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..passes.collectives import Group
 from .workspace import KeyValue, Workspace
 
 #: A generated prefill or decode function.
@@ -39,6 +40,7 @@ class PlanSession:
         capacity: int,
         device: torch.device,
         limit: int | None,
+        group: tuple[Group, ...] = (),
         timer: Timer,
         on_close: Callable[[], None],
     ) -> None:
@@ -48,6 +50,7 @@ class PlanSession:
         self._prepared = prepared
         self._device = device
         self._limit = limit
+        self._group = group
         self._valid: Tensor | None = None
         self._on_close = on_close
         self._timer = timer
@@ -112,7 +115,7 @@ class PlanSession:
             logits = self._decode(decode, inputs)
         else:
             with self._timer("prefill") as span:
-                logits = prefill(*inputs, embeds)
+                logits = prefill(*inputs, embeds, *self._group)
                 padding = 0 if key_valid is None else int((~key_valid).sum())
                 span.tokens += input_ids.numel() - padding
         self.length = length
@@ -157,7 +160,7 @@ class PlanSession:
             self._decoding = self._timer("decode")
             self._span = self._decoding.__enter__()
         self._span.tokens += self.batch
-        return decode(*inputs)
+        return decode(*inputs, *self._group)
 
     def reorder(self, rows: Tensor) -> None:
         """Row i of the new batch continues old row ``rows[i]`` (rows [B'] int64)."""

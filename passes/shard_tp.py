@@ -1,0 +1,106 @@
+"""Tensor parallelism: each rank computes its share of the heads, the MLP and the vocabulary.
+
+A linear over a value of which a rank can compute its slice alone becomes that rank's part of the
+sum, followed by one ``all_reduce`` (Shoeybi et al. 2019). Which values those are is not listed by
+family: :mod:`.slicing` follows a slice back through what computes it, down to the weights. What
+cannot be followed stays whole on every rank, as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from .binding import weight_only
+from .contract import Context, Pass, PassResult
+from .graph import after, call, calls, fresh_input, path_of, shape_of, sweep
+from .last_tokens import projection
+from .pattern import NoMatch
+from .slicing import Cut, Slicer
+
+
+def _heads(graph: fx.Graph) -> tuple[int, ...]:
+    """The sizes of the value heads, each once: what the joined heads may be cut at."""
+    sizes = (shape_of(node.args[2]) for node in calls(graph, "attention"))
+    return tuple(dict.fromkeys(int(shape[3]) for shape in sizes if shape is not None))
+
+
+def _partial(graph: fx.Graph, node: fx.Node, slicer: Slicer, units: tuple[int, ...]) -> bool:
+    """Turn ``linear(x, w, b)`` into ``all_reduce(linear(x_r, w_r)) + b`` where x_r is at hand."""
+    x, weight, *bias = node.args
+    width = (shape_of(weight) or (None, None))[-1]
+    if not isinstance(x, fx.Node) or not isinstance(width, int):
+        return False
+    last = len(shape_of(x) or ()) - 1
+    # of a sum, each rank takes terms of its own
+    cuts = (Cut(last, u, 0, width) for u in units if width % u == 0 and width // u >= slicer.size)
+    cut = next((cut for cut in cuts if slicer.follows(x, cut)), None)
+    if cut is None or weight not in slicer.fixed:
+        return False
+    local, path = slicer.slice(x, cut), path_of(node)
+    columns = slicer.slice(weight, replace(cut, axis=1))
+    with after(graph, node):
+        part = call(graph, "linear", local, columns, None, path=path)
+        total = call(graph, "all_reduce", part, fresh_input(graph, "group"), path=path)
+        total.meta["val"] = part.meta["val"]
+        if bias and isinstance(bias[0], fx.Node):
+            total = call(graph, "add", total, bias[0], path=path)
+    node.replace_all_uses_with(total)
+    return True
+
+
+def _vocabulary(graph: fx.Graph, slicer: Slicer) -> bool:
+    """Let each rank compute the logits of its part of the vocabulary, and gather them."""
+    found = projection(next(n for n in graph.nodes if n.op == "output").args[0])
+    shape = shape_of(found)
+    if found is None or shape is None or not isinstance(shape[-1], int):
+        return False
+    cut = Cut(len(shape) - 1, 1, 0, shape[-1])
+    if shape[-1] < slicer.size or not slicer.follows(found, cut):
+        return False
+    local = slicer.slice(found, cut)
+    with after(graph, local):
+        whole = call(
+            graph,
+            "all_gather",
+            local,
+            shape[-1],
+            slicer.size,
+            fresh_input(graph, "group"),
+            path=path_of(found),
+        )
+    whole.meta["val"] = found.meta["val"]
+    found.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not local)
+    return True
+
+
+def shard_tp(graph: fx.Graph, context: Context) -> PassResult:
+    """Cut the graph for rank ``context.shard[0]`` of ``context.shard[1]``; one rank is no cut."""
+    rank, size = context.shard
+    if size == 1 or calls(graph, "all_reduce", "all_gather"):
+        return PassResult(0)
+    units = (1, *_heads(graph))
+    slicer = Slicer(graph, rank, size, frozenset(weight_only(graph)))
+    count = int(_vocabulary(graph, slicer))
+    for node in reversed(calls(graph, "linear")):
+        if node.users and node not in slicer.fixed:
+            count += _partial(graph, node, slicer, units)
+    sweep(graph)
+    whole = [node for node in calls(graph, "attention") if node not in slicer.made]
+    heads = [tuple(map(int, (shape_of(n.args[0]) or ())[1:2])) for n in whole]
+    misses = tuple(
+        (path_of(node), NoMatch(node.name, f"heads that {size} ranks share", f"{found[0]} heads"))
+        for node, found in zip(whole, heads, strict=True)
+    )
+    return PassResult(count, misses)
+
+
+SHARD_TP = Pass(
+    "shard_tp",
+    shard_tp,
+    provides=frozenset({"sharded"}),
+    conflicts=frozenset({"qkv_stacked", "gate_up_stacked", "mlp_fused", "threaded", "last_tokens"}),
+    may_add=frozenset({"*"}),
+    inputs=frozenset({"group"}),
+)
