@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import fx
 
-from .graph import after, call, name_of, path_of, shape_of
 from .collectives import share
+from .graph import after, call, name_of, path_of, shape_of
 
 
 @dataclass(frozen=True)

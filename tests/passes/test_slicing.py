@@ -11,8 +11,8 @@ from small_graphs import Builder, run, values
 from torch import fx
 
 from hybrid_fx.passes.binding import weight_only
-from hybrid_fx.passes.graph import calls, shape_of
 from hybrid_fx.passes.collectives import share
+from hybrid_fx.passes.graph import calls, shape_of
 from hybrid_fx.passes.slicing import Cut, Slicer
 
 Made = Callable[[Builder, fx.Node], fx.Node]
