@@ -13,6 +13,7 @@ from tiny_models import adapted, prompt, tiny
 
 from hybrid_fx.capture import capture
 from hybrid_fx.errors import InputError
+from hybrid_fx.passes.pipeline import OPTIONAL
 from hybrid_fx.plan.build import build_plan, normalize
 from hybrid_fx.plan.plan import Plan
 from hybrid_fx.runtime import PlanRunner
@@ -124,8 +125,8 @@ def test_a_rank_prepares_its_share_alone() -> None:
 @pytest.mark.parametrize("lora", ["fold", "side"])
 def test_adapters_are_cut_with_what_they_adapt(lora: str) -> None:
     model = adapted(tiny("llama")).eval()
-    disabled = ("fold_lora",) if lora == "side" else ()
-    cut = plans(model, 2, disable_passes=disabled)
+    passes = OPTIONAL.without(("fold_lora",) if lora == "side" else ())
+    cut = plans(model, 2, passes=passes)
 
     def work(rank: Rank) -> Any:
         return greedy(make_runner(cut[rank.rank], model, rank), ROWS, 6)[1]
