@@ -18,7 +18,8 @@ from torch import fx
 
 from .pattern import NoMatch
 
-#: The facts that the passes of this library speak of. A pass of your own may name others.
+#: The facts that the passes of this library speak of; README.md has the same table, with the
+#: passes that provide them. A pass of your own may name others.
 FACTS: Mapping[str, str] = MappingProxyType(
     {
         "canonical": "every call is of the operator table, in its one spelling",

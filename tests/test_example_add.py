@@ -11,7 +11,6 @@ import pytest
 from tiny_models import tiny
 
 import hybrid_fx
-from hybrid_fx.passes import FACTS, PASSES
 from hybrid_fx.passes.contract import Pass
 
 ROOT = Path(__file__).parent.parent
@@ -67,22 +66,3 @@ def test_the_blocks_of_the_passes_readme_run() -> None:
     rows = names["engine"].explain(passes=True).passes
     assert "drop_double_neg" in [row.name for row in rows]
     names["engine"].close()
-
-
-def test_the_table_of_facts_in_the_readme_is_that_of_the_library() -> None:
-    text = (ROOT / "passes" / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (`.*`) \|$", text, re.M)
-    told = {
-        fact: (meaning.replace("`", ""), set(re.findall(r"`(\w+)`", by)))
-        for fact, meaning, by in rows
-    }
-    providers = {
-        fact: {name for name, one in PASSES.items() if fact in one.provides} for fact in FACTS
-    }
-    assert told == {fact: (meaning, providers[fact]) for fact, meaning in FACTS.items()}
-
-
-def test_the_fields_of_a_pass_stand_in_the_readme() -> None:
-    text = (ROOT / "passes" / "README.md").read_text()
-    for field in ("requires", "provides", "conflicts", "may_add", "exact", "modes", "inputs"):
-        assert f"| `{field}` |" in text

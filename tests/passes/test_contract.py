@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 from torch import fx
@@ -29,6 +31,8 @@ from hybrid_fx.passes.pipeline import (
     STAGE,
     TRAIN,
 )
+
+README = Path(__file__).parents[2] / "passes" / "README.md"
 
 
 def _nothing(graph: fx.Graph, context: Context) -> PassResult:
@@ -224,3 +228,22 @@ def test_what_writes_memory_or_adds_inputs_is_for_inference_alone() -> None:
     assert not any(one.inputs for one in training)
     with pytest.raises(PipelineError, match="mode 'eval' is not known"):
         OPTIONAL.sound_in("eval")
+
+
+def test_the_table_of_facts_in_the_readme_is_that_of_the_library() -> None:
+    text = README.read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (`.*`) \|$", text, re.M)
+    told = {
+        fact: (meaning.replace("`", ""), set(re.findall(r"`(\w+)`", by)))
+        for fact, meaning, by in rows
+    }
+    providers = {
+        fact: {name for name, one in PASSES.items() if fact in one.provides} for fact in FACTS
+    }
+    assert told == {fact: (meaning, providers[fact]) for fact, meaning in FACTS.items()}
+
+
+def test_the_fields_of_a_pass_stand_in_the_readme() -> None:
+    text = README.read_text()
+    for field in ("requires", "provides", "conflicts", "may_add", "exact", "modes", "inputs"):
+        assert f"| `{field}` |" in text
