@@ -15,10 +15,11 @@ from torch import fx
 
 from .binding import weight_only, weights_first
 from .contract import Context, Pass, PassResult
+from .functionalize import written_memory
 from .graph import call, calls, dtype_of, name_of, path_of, sweep, tail_names
 from .layers import layer_of
 from .pattern import Any, Call, Const, Either, Match, NoMatch, Opt, Pattern, match
-from .rewrite import safe_to_replace
+from .rewrite import reads_written, safe_to_replace
 
 _X = Opt("to", Any("x", node=True))
 _NONE = Const(equals=None)
@@ -74,7 +75,7 @@ def _branches(root: fx.Node, branch: Pattern, base: Call) -> tuple[Match, list[M
 
 
 def _foldable(
-    root: fx.Node, end: Match, found: list[Match], fixed: dict[fx.Node, None]
+    root: fx.Node, end: Match, found: list[Match], fixed: dict[fx.Node, None], written: set[fx.Node]
 ) -> NoMatch | None:
     """Why a chain cannot be folded, if so."""
     nodes = (*end.nodes, *(node for step in found for node in step.nodes))
@@ -89,6 +90,8 @@ def _foldable(
         return NoMatch(end.root.name, "a base that is a weight", str(end["weight"]))
     if dtype_of(root) != dtype_of(end.root):
         return NoMatch(root.name, f"the base's dtype {dtype_of(end.root)}", str(dtype_of(root)))
+    if any(reads_written(part, written) for part in (end, *found)):
+        return NoMatch(end.root.name, "values that nothing writes in place", "a write")
     if any(user not in whole.nodes for node in end.nodes for user in node.users):
         return NoMatch(end.root.name, "a base used by the sum alone", "another user")
     return None
@@ -106,7 +109,9 @@ def _tops(graph: fx.Graph) -> list[fx.Node]:
     return list(reversed(sums))
 
 
-def _fold_dora(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> fx.Node | None:
+def _fold_dora(
+    graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None], written: set[fx.Node]
+) -> fx.Node | None:
     found = match(_DORA, root)
     if not found or found["base_again"] is not found["base"]:
         return None
@@ -114,6 +119,8 @@ def _fold_dora(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> fx
         return None
     pieces = (found["weight"], found["magnitude"], found["a"], found["b"])
     if any(piece not in fixed for piece in pieces) or not safe_to_replace(found):
+        return None
+    if reads_written(found, written):
         return None
     if dtype_of(root) != dtype_of(found["base"]):
         return None
@@ -125,18 +132,20 @@ def _fold_dora(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> fx
 
 
 def _chain(
-    root: fx.Node, branch: Pattern, base: Call, fixed: dict[fx.Node, None]
+    root: fx.Node, branch: Pattern, base: Call, fixed: dict[fx.Node, None], written: set[fx.Node]
 ) -> tuple[Match, list[Match]] | NoMatch | None:
     """The base and the branches of a sum that folds; why it does not; None where it is no such."""
     chain = _branches(root, branch, base)
     if isinstance(chain, NoMatch):
         return None
-    failure = _foldable(root, *chain, fixed)
+    failure = _foldable(root, *chain, fixed, written)
     return chain if failure is None else failure
 
 
-def _fold_linear(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> Value:
-    chain = _chain(root, _BRANCH, _BASE, fixed)
+def _fold_linear(
+    graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None], written: set[fx.Node]
+) -> Value:
+    chain = _chain(root, _BRANCH, _BASE, fixed, written)
     if not isinstance(chain, tuple):
         return chain
     end, found = chain
@@ -146,8 +155,10 @@ def _fold_linear(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> 
         return call(graph, "linear", end["x"], folded, end["bias"], path=path)
 
 
-def _fold_embedding(graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None]) -> Value:
-    chain = _chain(root, _LOOKUP_BRANCH, _TABLE, fixed)
+def _fold_embedding(
+    graph: fx.Graph, root: fx.Node, fixed: dict[fx.Node, None], written: set[fx.Node]
+) -> Value:
+    chain = _chain(root, _LOOKUP_BRANCH, _TABLE, fixed, written)
     if not isinstance(chain, tuple):
         return chain
     end, found = chain
@@ -167,7 +178,7 @@ def fold_lora(graph: fx.Graph, context: Context) -> PassResult:
     """Fold every LoRA and DoRA branch that may be folded; the result counts them."""
     count, misses = 0, list[tuple[str, NoMatch]]()
     weights_first(graph)
-    fixed = weight_only(graph)
+    fixed, written = weight_only(graph), written_memory(graph)
     for root in _tops(graph):
         if not root.users:
             continue
@@ -175,7 +186,7 @@ def fold_lora(graph: fx.Graph, context: Context) -> PassResult:
         for fold in (_fold_dora, _fold_linear, _fold_embedding):
             if site_of(path_of(root)) in context.side:
                 break
-            new = fold(graph, root, fixed)
+            new = fold(graph, root, fixed, written)
             if new is not None:
                 break
         if isinstance(new, fx.Node):

@@ -31,7 +31,14 @@ def _halves(parts: fx.Node) -> bool:
     return name_of(parts) == "split" and equal
 
 
-def _gated(graph: fx.Graph, found: Match, kind: str) -> fx.Node | NoMatch:
+def _written(first: fx.Node, written: set[fx.Node]) -> NoMatch | None:
+    """The fused operator reads what the first linear read, but where the last one stands."""
+    if written & {first, *first.all_input_nodes}:
+        return NoMatch(first.name, "values that nothing writes in place", "a write")
+    return None
+
+
+def _gated(graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]) -> fx.Node | NoMatch:
     gate, up = found["a"], found["up"]
     parts = gate.args[0] if name_of(gate) == "getitem" else None
     expected = "gate and up as the halves of one linear (concat_gate_up)"
@@ -43,18 +50,22 @@ def _gated(graph: fx.Graph, found: Match, kind: str) -> fx.Node | NoMatch:
     inner = {*found.nodes, parts, gate, up}
     if any(user not in inner for node in (joined, parts, gate, up) for user in node.users):
         return NoMatch(joined.name, "gate and up used by the MLP alone", "another user")
+    if (late := _written(joined, written)) is not None:
+        return late
     x, weight, bias = joined.args
     down = (found["down"], found["down_bias"])
     return call(graph, "gated_mlp", x, weight, bias, *down, kind, path=path_of(found.root))
 
 
-def _plain(graph: fx.Graph, found: Match, kind: str) -> fx.Node | NoMatch:
+def _plain(graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]) -> fx.Node | NoMatch:
     up = found["a"]
     inner = set(found.nodes)
     if name_of(up) != "linear":
         return NoMatch(up.name, "a linear up projection", name_of(up) or up.op)
     if any(user not in inner for user in up.users):
         return NoMatch(up.name, "an up projection used by the MLP alone", "another user")
+    if (late := _written(up, written)) is not None:
+        return late
     x, weight, bias = up.args
     down = (found["down"], found["down_bias"])
     return call(graph, "plain_mlp", x, weight, bias, *down, kind, path=path_of(found.root))
@@ -73,13 +84,14 @@ def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
             continue
         match = found[0]
         kind = _kind(match)
-        alone = safe_to_replace(match) and not reads_written(match, written_memory(graph))
+        written = written_memory(graph)
+        alone = safe_to_replace(match) and not reads_written(match, written)
         if kind is None or not alone:
             misses.append((path, NoMatch(match.root.name, "an MLP of its own", "shared values")))
             continue
         with graph.inserting_before(match.root):
             build = _gated if "up" in match.bindings else _plain
-            new = build(graph, match, kind)
+            new = build(graph, match, kind, written)
         if isinstance(new, NoMatch):
             misses.append((path, new))
             continue

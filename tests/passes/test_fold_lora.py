@@ -84,6 +84,8 @@ def _adapted(build: Builder, change: str = "") -> tuple[fx.Node, ...]:
             source = build.call("to", x, torch.float32, path=PLACE)
         if change == "factors of the tokens":
             up = build.call("mul", up, build.call("mean", x), path=PLACE)
+        if change == "a written input":
+            build.call("mul_", x, 2.0, path=PLACE)
         low = build.call("linear", source, a, None, path=f"{PLACE}.lora_A.{name}")
         branch = build.call("linear", low, up, None, path=f"{PLACE}.lora_B.{name}")
         if change != "no scale":
@@ -126,6 +128,8 @@ def _dora(build: Builder, change: str = "") -> fx.Node:
         again = build.call("linear", build.call("exp", x), w, b, path=PLACE)
     bias = build.weight("other", 5) if change == "another bias" else b
     plain = build.call("sub", again, bias, path=PLACE)
+    if change == "a written input":
+        build.call("mul_", x, 2.0, path=PLACE)
     low = build.call("linear", x, a, None, path=f"{PLACE}.lora_A.one")
     low = build.call("linear", low, up, None, path=f"{PLACE}.lora_B.one")
     excess = build.call("mul", build.call("sub", m, 1, path=PLACE), plain, path=PLACE)
@@ -143,7 +147,9 @@ def test_dora_over_a_biased_linear_folds_and_keeps_the_bias() -> None:
     assert far(run(graph, given)[0], before) < 1e-6
 
 
-@pytest.mark.parametrize("change", ["another base", "another bias", "a magnitude of the tokens"])
+@pytest.mark.parametrize(
+    "change", ["another base", "another bias", "a magnitude of the tokens", "a written input"]
+)
 def test_dora_stays_where_it_does_not_scale_the_weight_it_stands_beside(change: str) -> None:
     build = Builder()
     graph = build.output(_dora(build, change))
@@ -170,6 +176,7 @@ REASONS = {
     "factors of the tokens": ("factors that are weights", "b"),
     "a base others use": ("a base used by the sum alone", "another user"),
     "a weight of the tokens": ("a base that is a weight", "mul"),
+    "a written input": ("values that nothing writes in place", "a write"),
     "a wide sum": ("the base's dtype torch.bfloat16", "torch.float32"),
 }
 

@@ -30,6 +30,7 @@ from hybrid_fx.passes.spec import check_graph
 LAYER = "layers.0"
 LLAMA = next(policy for policy in POLICIES if policy.name == "llama")
 GPT2 = next(policy for policy in POLICIES if policy.name == "gpt2")
+OPT = next(policy for policy in POLICIES if policy.name == "opt")
 FIRES = {
     "fuse_rms_norm": ({"llama": 5, "qwen2": 5, "phi3": 5}, "rms_norm"),
     "concat_qkv": ({"llama": 2, "qwen2": 2, "opt": 2, "opt350": 2}, "concat_rows"),
@@ -146,6 +147,19 @@ def test_a_sum_that_others_use_is_handed_out_beside_the_norm() -> None:
     assert same(run(graph, given)[0], before)
 
 
+def test_a_sum_before_an_rms_norm_is_handed_out_beside_it() -> None:
+    build = Builder()
+    x, y, w = build.input("x", 2, 3, 4), build.input("y", 2, 3, 4), build.weight("w", 4)
+    total = build.call("add", x, y, path=LAYER)
+    normed = build.call("rms_norm", total, w, 1e-5, path=f"{LAYER}.post_attention_layernorm")
+    graph = build.output(build.call("add", total, normed))
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fuse_add_norm(graph, _told(LLAMA)).count == 1
+    assert count(graph, "add_rms_norm") == 1
+    assert same(run(graph, given)[0], before)
+
+
 def test_a_weight_that_is_computed_behind_the_sum_is_moved_in_front_of_it() -> None:
     build = Builder()
     x, y, w = build.input("x", 2, 4), build.input("y", 2, 4), build.weight("w", 4)
@@ -251,16 +265,29 @@ def test_projections_stay_apart_and_the_reason_is_told(why: str) -> None:
     assert same(run(graph, given)[0], before)
 
 
-def _mlp(build: Builder, cut: str = "split", shared: str = "") -> tuple[fx.Node, fx.Node]:
-    """A gated MLP over one linear whose halves are gate and up."""
-    x = build.input("x", 2, 3, 4)
-    both, down = build.weight("gate_up", 12, 4), build.weight("down", 4, 6)
+_CUTS: dict[str, object] = {"chunk": 2, "uneven": [5, 7], "a narrow gate": [1, 11]}
+
+
+def _mlp(
+    build: Builder, cut: str = "split", shared: str = "", write: str = ""
+) -> tuple[fx.Node, fx.Node]:
+    """A gated MLP over one linear whose halves are gate and up.
+
+    ``write`` names what is written in place behind that linear.
+    """
+    x = build.call("neg", build.input("x", 2, 3, 4), path=LAYER)
+    width = 11 if cut == "a narrow gate" else 6
+    both = build.weight("gate_up", 12, 4, parameter=False)
+    down = build.weight("down", 4, width, parameter=False)
     place = f"{LAYER}.mlp"
     joined = build.call("linear", x, both, None, path=place)
-    sizes: object = {"split": [6, 6], "chunk": 2, "uneven": [5, 7]}[cut]
+    if write:
+        build.call("mul_", {"x": x, "gate_up": both, "down": down}[write], 2.0, path=place)
+    sizes = _CUTS.get(cut, [6, 6])
     parts = build.call("chunk" if cut == "chunk" else "split", joined, sizes, -1, path=place)
-    gate = build.call("getitem", parts, 0, path=place)
-    up = build.call("getitem", parts, 1, path=place)
+    first = int(cut == "the other way round")
+    gate = build.call("getitem", parts, first, path=place)
+    up = build.call("getitem", parts, 1 - first, path=place)
     if cut == "uneven":
         gate = build.call("pad", gate, (0, 1), path=place)
         up = build.call("getitem", up, (..., slice(0, 6)), path=place)
@@ -293,6 +320,59 @@ def test_an_mlp_whose_inner_values_others_use_is_left_alone_and_says_so(shared: 
     assert path == LAYER
     assert "another user" in missed.found or "shared" in missed.found
     assert text(graph) == before
+
+
+def _plain_mlp(build: Builder, write: str = "") -> tuple[fx.Node, fx.Node]:
+    """``down(relu(up(x)))`` and its up projection; ``write`` names what is written in between."""
+    x = build.call("neg", build.input("x", 2, 3, 4), path=LAYER)
+    weights = {
+        "up": build.weight("up", 6, 4, parameter=False),
+        "down": build.weight("down", 4, 6, parameter=False),
+    }
+    up = build.call("linear", x, weights["up"], None, path=f"{LAYER}.fc1")
+    if write:
+        build.call("mul_", {**weights, "x": x}[write], 2.0, path=LAYER)
+    act = build.call("relu", up, path=LAYER)
+    return build.call("linear", act, weights["down"], None, path=f"{LAYER}.fc2"), up
+
+
+@pytest.mark.parametrize("write", ["x", "up", "down"])
+def test_an_mlp_with_a_write_between_its_linears_is_left_alone(write: str) -> None:
+    build = Builder()
+    graph = build.output(_plain_mlp(build, write)[0])
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fuse_mlp(graph, _told(OPT)).count == 0
+    assert same(run(graph, given)[0], before)
+
+
+@pytest.mark.parametrize("write", ["x", "gate_up", "down"])
+def test_a_gated_mlp_with_a_write_between_its_linears_is_left_alone(write: str) -> None:
+    build = Builder()
+    graph = build.output(_mlp(build, write=write)[0])
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fuse_mlp(graph, _told(LLAMA)).count == 0
+    assert same(run(graph, given)[0], before)
+
+
+def test_an_up_projection_that_others_use_is_computed_once() -> None:
+    build = Builder()
+    graph = build.output(*_plain_mlp(build))
+    result = fuse_mlp(graph, _told(OPT))
+    assert result.count == 0
+    assert "up projection used by the MLP alone" in result.misses[0][1].expected
+    assert count(graph, "linear") == 2
+
+
+@pytest.mark.parametrize("cut", ["the other way round", "a narrow gate"])
+def test_parts_that_are_no_gate_and_up_in_this_order_are_left_alone(cut: str) -> None:
+    build = Builder()
+    graph = build.output(_mlp(build, cut)[0])
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert fuse_mlp(graph, _told(LLAMA)).count == 0
+    assert same(run(graph, given)[0], before)
 
 
 def test_an_mlp_over_uneven_parts_is_left_alone() -> None:
