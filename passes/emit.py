@@ -37,20 +37,14 @@ class _Region:
 
 
 def _regions(graph: fx.Graph, layers: Sequence[str]) -> list[_Region]:
-    """Each layer that can stand as one function: its inputs are all computed before it."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
+    """The nodes of each layer from which something is read outside of it."""
     found = []
     for layer in layers:
         nodes = [n for n in graph.nodes if n.op == "call_function" and inside(n, layer)]
         members = set(nodes)
-        if not nodes:
-            continue
         inputs = dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in members)
         outputs = [n for n in nodes if any(user not in members for user in n.users)]
-        users = [user for n in outputs for user in n.users if user not in members]
-        late = max((place[s] for s in inputs), default=-1)
-        behind = all(place[user] > place[nodes[-1]] for user in users)
-        if outputs and behind and late < place[nodes[-1]]:
+        if outputs:
             found.append(_Region(layer, nodes, list(inputs), outputs))
     return found
 

@@ -57,6 +57,7 @@ GROUPS = (
                 "the prompt is not causal",
                 "query, keys, values, is_causal=True, scale=scale",
                 "query, keys, values, is_causal=False, scale=scale",
+                _SESSIONS,
             ),
             Fault(
                 "a decode loses the scale",

@@ -153,6 +153,10 @@ GROUPS = (
                 "padding takes positions",
                 "positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)",
                 "positions = torch.arange(prompt)[None].expand(batch, prompt)",
+                (
+                    "tests/generate/test_generate_fast.py::"
+                    "test_positions_of_a_prompt_are_hfs_where_the_model_takes_none",
+                ),
             ),
             Fault(
                 "finished rows go on",
@@ -160,9 +164,9 @@ GROUPS = (
                 "tokens = tokens + pad * 0",
             ),
             Fault(
-                "finished rows draw no random numbers",
+                "a draw takes other random numbers",
                 "return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)",
-                "return torch.multinomial(scores.softmax(-1), num_samples=2)[:, 0]",
+                "return scores.softmax(-1).cumsum(-1).gt(torch.rand(len(scores), 1)).int().argmax(-1)",
             ),
             Fault(
                 "a mask is not handed to the graphs",
@@ -190,6 +194,7 @@ GROUPS = (
                 "the sources of passes are not part of it",
                 "    for folder in (Path(__file__).resolve().parent.parent, passes):\n",
                 "    for folder in (Path(__file__).resolve().parent.parent,):\n",
+                ("tests/cache/test_key.py::test_the_package_digest_covers_passes_and_engine",),
             ),
             Fault(
                 "options of the graph are not part of it",

@@ -137,6 +137,9 @@ GROUPS = (
                 "weights of different dtypes are joined",
                 'if dtype_of(match["weight"]) != dtype_of(first["weight"]):',
                 'if dtype_of(match["weight"]) is None:',
+                (),
+                "a linear whose weight has another dtype than its input does not run at all, and "
+                "linears that are joined read one input, so their weights are of its dtype",
             ),
             Fault(
                 "an adapter's product of weights is taken for the projection",
@@ -180,8 +183,13 @@ GROUPS = (
             ),
             Fault(
                 "an MLP whose values are written in place is taken",
-                "safe_to_replace(match) and not reads_written(match, written_memory(graph))",
+                "safe_to_replace(match) and not reads_written(match, written)",
                 "safe_to_replace(match)",
+            ),
+            Fault(
+                "a write between the linears of an MLP is overlooked",
+                "    if written & {first, *first.all_input_nodes}:\n",
+                "    if written & {first}:\n",
             ),
             Fault(
                 "an MLP whose inner values others use is taken",
@@ -209,7 +217,7 @@ GROUPS = (
                 'return call(graph, "plain_mlp", x, weight, None, *down',
             ),
             Fault(
-                "an up projection that others use is taken",
+                "an up projection that others use is computed twice",
                 "if any(user not in inner for user in up.users):",
                 "if not up.users:",
             ),

@@ -155,7 +155,7 @@ GROUPS = (
     Group(
         "keep_last_tokens",
         "passes/kernels.py",
-        _SESSIONS,
+        _STAGING,
         (
             Fault("the first tokens are kept", "x[:, x.shape[1] - keep :]", "x[:, :keep]"),
             Fault(

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,20 +91,28 @@ class Worker:
             raise CheckError(f"the worker in {self.copy} ended; its messages stand above")
         return json.loads(line)
 
-    def test(self, tests: Sequence[str]) -> dict[str, Any]:
-        """Run ``tests`` up to the first failure, for :data:`LIMIT` seconds at most."""
+    def test(self, tests: Sequence[str], times: Mapping[str, float]) -> dict[str, Any]:
+        """Run ``tests`` up to the first failure, for :data:`LIMIT` seconds at most.
+
+        Args:
+            times: Seconds that tests took before, by their ids.
+        """
+        files = {test.partition("::")[0] for test in tests}
+        known = {name: s for name, s in times.items() if name.partition("::")[0] in files}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"tests": list(tests), "limit": LIMIT}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"tests": list(tests), "limit": LIMIT, "times": known}) + "\n"
+        )
         self._process.stdin.flush()
         return dict(self._answer())
 
-    def judge(self, mutant: Mutant) -> Outcome:
+    def judge(self, mutant: Mutant, times: Mapping[str, float]) -> Outcome:
         """Put the fault in, run the tests, take it out."""
         file = self.copy / mutant.file
         before = file.read_text()
         file.write_text(mutated(mutant, before))
         try:
-            said = self.test(mutant.tests)
+            said = self.test(mutant.tests, times)
         finally:
             file.write_text(before)
         verdict = {0: "survived", 1: "killed"}.get(said["code"], "broken")
@@ -171,9 +179,11 @@ def check(
     if found := list(stale(mutants, root)):
         raise CheckError("\n".join(found))
     failed: list[str] = []
+    times: dict[str, float] = {}
 
     def as_it_is(worker: Worker, test: str) -> None:
-        said = worker.test([test])
+        said = worker.test([test], {})
+        times.update(said.get("times", {}))
         if said["code"] != 0:
             failed.append(f"{test}: {said['test']} {said['why']}")
 
@@ -183,7 +193,7 @@ def check(
     outcomes: dict[Mutant, Outcome] = {}
 
     def judge(worker: Worker, mutant: Mutant) -> None:
-        outcomes[mutant] = outcome = worker.judge(mutant)
+        outcomes[mutant] = outcome = worker.judge(mutant, times)
         told(outcome)
 
     spread(made, mutants, judge)

@@ -136,5 +136,5 @@ def test_a_mutant_that_cannot_be_imported_is_broken_and_not_killed(project: Path
 def test_tests_that_never_end_are_ended_and_count_as_noticed(tmp_path: Path) -> None:
     endless = tmp_path / "test_endless.py"
     endless.write_text("def test_waits():\n    while True:\n        pass\n")
-    said = run_forked([str(endless)], 1.0)
+    said = run_forked([str(endless)], 1.0, {})
     assert (said["code"], said["test"]) == (1, "no end within 1 s")

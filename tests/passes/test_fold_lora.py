@@ -67,6 +67,17 @@ def test_a_site_that_is_to_stay_stays_a_branch() -> None:
     assert far(logits(graph, given), before) < 1e-5
 
 
+def test_projections_whose_adapters_stay_are_joined_all_the_same() -> None:
+    """DoRA multiplies its factors with one another: linears that read no token."""
+    graph = canonical("llama", "dora")
+    given = weights(model_of("llama", "dora"))
+    before = logits(graph, given)
+    stay = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
+    told = layers_of(graph, side=stay)
+    assert through(graph, "fold_lora", "concat_qkv", told=told) == [8, 2]
+    assert far(logits(graph, given), before) < 1e-5
+
+
 def _adapted(build: Builder, change: str = "") -> tuple[fx.Node, ...]:
     """``linear(x, W, b) + linear(linear(x, A), B) * 2``, twice adapted or made odd."""
     dtype = torch.bfloat16 if change in ("narrow", "a wide sum") else torch.float32

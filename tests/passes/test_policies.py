@@ -20,6 +20,7 @@ from hybrid_fx.passes.layers import layer_of, layer_paths
 from hybrid_fx.passes.pattern import NoMatch
 from hybrid_fx.passes.pipeline import OPTIONAL
 from hybrid_fx.passes.policies import POLICIES
+from hybrid_fx.passes.roles import find_role
 from hybrid_fx.plan.build import build_plan, normalize
 
 FITS = {
@@ -63,6 +64,17 @@ def test_a_second_run_of_all_fusions_changes_nothing(kind: str) -> None:
     before = str(graph)
     assert sum(through(graph, *names, told=told)) == 0
     assert str(graph) == before
+
+
+def test_a_layer_that_lacks_one_of_two_norms_is_told_how_many_there_are() -> None:
+    graph = canonical("llama")
+    layer = next(iter(layers_of(graph).layers))
+    role = POLICIES[[policy.name for policy in POLICIES].index("llama")].role("norm")
+    assert role is not None
+    assert len(find_role(graph, role, layer)) == 2
+    one = find_role(graph, dataclasses.replace(role, at=("input_layernorm",)), layer)
+    assert isinstance(one, NoMatch)
+    assert (one.expected, one.found) == ("2 of norm", "1")
 
 
 def test_a_policy_is_frozen_data() -> None:

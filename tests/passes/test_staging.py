@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from captured_models import canonical, model_of
 from policy_graphs import logits as logits_of
 from policy_graphs import weights
@@ -138,6 +141,48 @@ def test_a_view_of_a_written_buffer_stays_as_well() -> None:
     assert [n for n in weight_only(graph) if n.op != "placeholder"] == []
 
 
+def test_what_reads_a_buffer_that_is_written_through_a_view_stays() -> None:
+    build = Builder()
+    x, buffer = build.input("x", 2, 2), build.weight("b", 2, 2, parameter=False)
+    build.call("add_", build.call("view", buffer, (4,)), 1.0)
+    graph = build.output(build.call("add", build.call("exp", buffer), x))
+    assert [n for n in weight_only(graph) if n.op != "placeholder"] == []
+
+
+def test_what_the_table_lacks_or_writes_by_a_keyword_stays() -> None:
+    build = Builder()
+    w = build.weight("w", 4, parameter=False)
+    unknown = build.raw(torch.special.gammaln, w)
+    writes = build.raw(F.relu, build.call("neg", w), inplace=True)
+    graph = build.output(unknown, writes)
+    assert not {unknown, writes} & weight_only(graph).keys()
+    assert hoist(graph).names
+
+
+def test_only_tensors_are_prepared_and_sizes_of_weights_stay_where_they_are_read() -> None:
+    build = Builder()
+    x, w = build.input("x", 8), build.weight("w", 2, 4)
+    rows = build.call("size", w, 0)
+    graph = build.output(build.call("reshape", x, (rows, -1)), build.call("linear", w, w, None))
+    given = values(graph)
+    before = run(graph, given)[0]
+    staged = hoist(graph)
+    prepared = run(staged.prepare, given)[0]
+    assert all(isinstance(tensor, torch.Tensor) for tensor in prepared)
+    assert count(staged.body, "size") == 1
+    holders = [n for n in staged.body.nodes if n.op == "placeholder"]
+    feed = {n.name: prepared[n.meta["prepared"]] for n in holders if "prepared" in n.meta}
+    assert same(run(staged.body, {**given, **feed})[0], before)
+
+
+def test_prepared_tensors_made_alike_have_names_of_their_own() -> None:
+    build = Builder()
+    x, w, u = build.input("x", 4, 4), build.weight("w", 4, 4), build.weight("u", 4, 4)
+    turned = [build.call("t", tensor, path="layer") for tensor in (w, u)]
+    graph = build.output(*(build.call("linear", x, tensor, None) for tensor in turned))
+    assert hoist(graph).names == ("layer.t", "layer.t_2")
+
+
 def test_what_writes_a_copy_of_a_weight_stays() -> None:
     build = Builder()
     x, w = build.input("x", 4), build.weight("w", 4)
@@ -240,6 +285,21 @@ def test_attention_with_dropout_is_not_threaded_and_says_so() -> None:
     assert result.misses[0][1].expected == "attention without dropout"
 
 
+@pytest.mark.parametrize("thread", [thread_kv_prefill, thread_kv_decode])
+def test_what_an_attention_was_captured_with_reaches_its_threaded_form(thread: Any) -> None:
+    build = Builder()
+    q, k, v = (build.input(name, 1, 4, 3, 8) for name in "qkv")
+    sinks = build.weight("sinks", 4)
+    graph = build.output(build.call("attention", q, k, v, 0.3, 3, 20.0, sinks, path="a"))
+    assert thread(graph, Context()).count == 1
+    (new,) = calls(graph, "attend", "attend_one")
+    assert new.args[:3] == (q, k, v)
+    assert [arg.meta["input"] for arg in new.args[3:8]] == [
+        "keys_0", "values_0", "slots", "key_valid", "pitch",
+    ]  # fmt: skip
+    assert new.args[8:] == (0.3, 3, 20.0, sinks)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt350"])
 def test_only_the_last_tokens_reach_the_vocabulary(kind: str) -> None:
     graph = canonical(kind)
@@ -284,6 +344,8 @@ def _head(build: Builder, tail: str) -> fx.Node:
         "a mean over tokens": lambda: build.call(
             "sub", logits, build.call("mean", logits, 1, True)
         ),
+        "a running sum": lambda: build.call("cumsum", logits, 1),
+        "what others read": lambda: build.call("mul", logits, build.call("amax", logits, (0, 1))),
         "the tokens' own": lambda: build.call("add", logits, build.call("mean", x, -1, True)),
     }[tail]()
 
@@ -298,6 +360,8 @@ def _head(build: Builder, tail: str) -> fx.Node:
         ("some tokens", False),
         ("a mean over tokens", False),
         ("the tokens' own", False),
+        ("a running sum", False),
+        ("what others read", False),
     ],
 )
 def test_logits_are_cut_early_only_where_each_token_stands_alone(tail: str, early: bool) -> None:

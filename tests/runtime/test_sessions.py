@@ -5,6 +5,9 @@ Legend: B batch, T tokens, S positions, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +16,9 @@ from tiny_models import VOCAB, tiny
 
 import hybrid_fx
 from hybrid_fx.errors import EngineClosedError
+from hybrid_fx.plan.plan import KVLayer
+from hybrid_fx.runtime.session import PlanSession
+from hybrid_fx.runtime.workspace import Workspace
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 products of other shapes sum in another order
 
@@ -58,6 +64,32 @@ def once(runner, ids, valid=None, positions=None):
         return session.forward(ids, at, valid, keep=length)
     finally:
         session.close()
+
+
+def test_the_table_names_the_slot_of_every_column_while_rows_grow_and_move():
+    """The graphs read it only where rows do not lie at one pitch; it must be right all the same."""
+    layer = KVLayer(
+        path="a", kv_heads=1, head_size=2, value_head_size=2, window=None, dtype="float32"
+    )
+    device = torch.device("cpu")
+    seen = []
+
+    def graph(ids, positions, slots, valid, pitch, *_):
+        seen.append((slots, pitch))
+        return torch.zeros(*ids.shape, VOCAB)
+
+    session = PlanSession(
+        Workspace([layer], device), graph, graph, [], batch=2, capacity=3, device=device,
+        limit=None, timer=lambda _: nullcontext(SimpleNamespace(tokens=0)), on_close=lambda: None,
+    )  # fmt: skip
+    feed(session, random_ids(2, 6), [3, 3])
+    session.reorder(torch.tensor([1, 0, 1]))
+    feed(session, random_ids(3, 1), [1])
+    for slots, pitch in seen:
+        rows, columns = slots.shape
+        assert pitch >= columns
+        assert slots.tolist() == [[b * pitch + s for s in range(columns)] for b in range(rows)]
+    assert [slots.shape for slots, _ in seen] == [(2, 3), (2, 6), (3, 7)]
 
 
 @given(
