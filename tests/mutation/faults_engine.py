@@ -166,7 +166,7 @@ GROUPS = (
             Fault(
                 "a draw takes other random numbers",
                 "return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)",
-                "return scores.softmax(-1).cumsum(-1).gt(torch.rand(len(scores), 1)).int().argmax(-1)",
+                "return (scores + torch.rand_like(scores)).argmax(-1)",
             ),
             Fault(
                 "a mask is not handed to the graphs",

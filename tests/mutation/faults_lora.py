@@ -165,13 +165,18 @@ GROUPS = (
         _LAW,
         (
             Fault("auto folds whatever rounding takes", "FOLD_LIMIT = 0.05", "FOLD_LIMIT = 5.0"),
+            ),
+        ),
+    ),
+    Group(
+        "fold_lora",
+        "hybrid_fx/plan/choice.py",
+        ("tests/laws/test_lora_tokens.py::test_adapters_beside_the_weights_give_the_tokens_of_peft",),
+        (
             Fault(
-                "side= folds all the same",
-                'disabled += ("fold_lora",)',
-                "disabled += ()",
-                (
-                    "tests/laws/test_lora_tokens.py::test_adapters_beside_the_weights_give_the_tokens_of_peft",
-                ),
+                'lora="side" folds all the same',
+                '["fold_lora"] if config.lora == "side" else []',
+                '["fold_lora"] if config.lora == "" else []',
             ),
         ),
     ),

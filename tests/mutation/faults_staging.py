@@ -199,4 +199,38 @@ GROUPS = (
             ),
         ),
     ),
+    Group(
+        "thread_masks",
+        "passes/thread_masks.py",
+        _STAGING,
+        (
+            Fault(
+                "attention with a window gets the mask of attention without",
+                "mask = fresh_input(graph, MASKS[windowed])",
+                "mask = fresh_input(graph, MASKS[0])",
+            ),
+            Fault(
+                "all attentions share one implementation",
+                'f"implementations_{index}")',
+                '"implementations_0")',
+            ),
+            Fault(
+                "keys and values are swapped in training",
+                "                key,\n                value,\n                mask,",
+                "                value,\n                key,\n                mask,",
+            ),
+        ),
+    ),
+    Group(
+        "keep_selected_tokens",
+        "passes/kernels.py",
+        _STAGING,
+        (
+            Fault(
+                "the first tokens are left out and not the last kept",
+                "slice(-keep, None) if isinstance(keep, int)",
+                "slice(keep, None) if isinstance(keep, int)",
+            ),
+        ),
+    ),
 )

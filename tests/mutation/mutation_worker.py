@@ -4,8 +4,8 @@ The arguments are the modules that are imported once for all forks.
 
 Reads ``{"tests", "limit", "times"}`` by line and answers ``{"code", "test", "why", "seconds",
 "times"}``: the first failure, and the seconds each test took. Of one file, tests that took less
-come first, so that the first failure comes soon. The interpreter holds the foreign packages only; each fork imports what is to be
-tested anew, so that a fault put into the tree between two lines is seen.
+come first, so that the first failure comes soon. The interpreter holds the foreign packages only;
+each fork imports what is to be tested anew, so that a fault put into the tree is seen.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.gather import gather_weights
 from hybrid_fx.passes.graph import calls, name_of
 from hybrid_fx.passes.hoist import hoist
-from hybrid_fx.passes.last_tokens import keep_last_tokens
+from hybrid_fx.passes.last_tokens import keep_last_tokens, keep_selected_tokens
 from hybrid_fx.passes.spec import THREADED, check_graph
 from hybrid_fx.passes.thread_kv import kv_shapes, thread_kv_decode, thread_kv_prefill
+from hybrid_fx.passes.thread_masks import thread_masks
 
 KINDS = ("llama", "gpt2", "opt")
 
@@ -298,6 +299,34 @@ def test_what_an_attention_was_captured_with_reaches_its_threaded_form(thread: A
         "keys_0", "values_0", "slots", "key_valid", "pitch",
     ]  # fmt: skip
     assert new.args[8:] == (0.3, 3, 20.0, sinks)
+
+
+def test_in_training_each_attention_takes_its_own_implementation_and_its_kind_of_mask() -> None:
+    build = Builder()
+    q, k, v = (build.input(name, 1, 4, 3, 8) for name in "qkv")
+    plain = build.call("attention", q, k, v, 0.3, path="a")
+    windowed = build.call("attention", q, k, v, 0.4, 3, 20.0, path="b")
+    graph = build.output(plain, windowed)
+    assert thread_masks(graph, Context()).count == 2
+    first, second = calls(graph, "attend_as_configured")
+    inputs = [[node.args[0].meta["input"], node.args[4].meta["input"]] for node in (first, second)]
+    assert inputs == [["implementations_0", "causal_mask"], ["implementations_1", "window_mask"]]
+    assert first.args[1:4] == second.args[1:4] == (q, k, v)
+    assert (first.args[5:], second.args[5:]) == ((0.3,), (0.4, 3, 20.0))
+    assert thread_masks(graph, Context()).count == 0
+
+
+def test_in_training_the_tokens_kept_are_those_that_logits_to_keep_names() -> None:
+    for keep, kept in ((2, [3, 4]), (0, [0, 1, 2, 3, 4]), (torch.tensor([0, 3]), [0, 3])):
+        build = Builder()
+        x, w = build.input("x", 2, 5, 3), build.weight("w", 4, 3)
+        graph = build.output(build.call("linear", x, w, None))
+        given = values(graph)
+        whole = run(graph, given)[0]
+        assert keep_selected_tokens(graph, Context()).count == 1
+        got = fx.Interpreter(fx.GraphModule({}, graph)).run(given["x"], given["w"], keep)
+        assert far(got, whole[:, kept]) < 1e-6
+        assert keep_selected_tokens(graph, Context()).count == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt350"])
