@@ -163,15 +163,14 @@ GROUPS = (
         "fold_lora",
         "hybrid_fx/engine/graphs.py",
         _LAW,
-        (
-            Fault("auto folds whatever rounding takes", "FOLD_LIMIT = 0.05", "FOLD_LIMIT = 5.0"),
-            ),
-        ),
+        (Fault("auto folds whatever rounding takes", "FOLD_LIMIT = 0.05", "FOLD_LIMIT = 5.0"),),
     ),
     Group(
         "fold_lora",
         "hybrid_fx/plan/choice.py",
-        ("tests/laws/test_lora_tokens.py::test_adapters_beside_the_weights_give_the_tokens_of_peft",),
+        (
+            "tests/laws/test_lora_tokens.py::test_adapters_beside_the_weights_give_the_tokens_of_peft",
+        ),
         (
             Fault(
                 'lora="side" folds all the same',
