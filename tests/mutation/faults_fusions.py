@@ -245,4 +245,43 @@ GROUPS = (
             ),
         ),
     ),
+    Group(
+        "shard_tp",
+        "passes/shard_tp.py",
+        ("tests/runtime/test_tensor_parallel.py::test_ranks_together_give_the_models_tokens",),
+        (
+            Fault(
+                "the parts of a sum stay apart",
+                'total = call(graph, "all_reduce", part, fresh_input(graph, "group"), path=path)',
+                "total = part",
+            ),
+            Fault(
+                "each rank adds the whole bias before the sum",
+                'call(graph, "linear", local, columns, None, path=path)',
+                'call(graph, "linear", local, columns, *bias[:1], path=path)',
+            ),
+        ),
+    ),
+    Group(
+        "shard_tp",
+        "passes/slicing.py",
+        ("tests/passes/test_slicing.py",),
+        (
+            Fault(
+                "every rank takes the share of the first",
+                "share(cut.length, cut.unit, self.rank, self.size)",
+                "share(cut.length, cut.unit, 0, self.size)",
+            ),
+            Fault(
+                "the bias is not cut with its weight",
+                "bias = [Part(b, rows) if isinstance(b, fx.Node) else b for b in rest]",
+                "bias = rest",
+            ),
+            Fault(
+                "a mean over what is cut is taken for one over what is whole",
+                "    if cut.axis >= len(_sizes(node)) - 1:\n        return None\n    x, *rest =",
+                "    x, *rest =",
+            ),
+        ),
+    ),
 )

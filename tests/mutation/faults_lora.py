@@ -154,8 +154,8 @@ GROUPS = (
             ),
             Fault(
                 "places that stay branches are not told to the pass",
-                "context = Context(layers=layers, side=side, fusions=fusions)",
-                "context = Context(layers=layers, fusions=fusions)",
+                "context = Context(layers=layers, side=side,",
+                "context = Context(layers=layers,",
             ),
         ),
     ),
