@@ -10,6 +10,7 @@ import faults_runtime
 import faults_spelling
 import faults_staging
 import faults_tools
+import faults_training
 from mutant import Mutant, mutants_of
 
 MUTANTS: list[Mutant] = mutants_of(
@@ -22,5 +23,6 @@ MUTANTS: list[Mutant] = mutants_of(
         *faults_tools.GROUPS,
         *faults_runtime.GROUPS,
         *faults_engine.GROUPS,
+        *faults_training.GROUPS,
     )
 )

@@ -13,6 +13,7 @@ from hybrid_fx.passes.canonicalize import canonicalize
 from hybrid_fx.passes.contract import Context, PipelineError
 from hybrid_fx.passes.driver import run_passes
 from hybrid_fx.passes.graph import calls, draws, is_pure, sweep
+from hybrid_fx.passes.last_tokens import keep_selected_tokens
 from hybrid_fx.passes.operators import OPERATORS
 from hybrid_fx.passes.pipeline import DECODE, TRAIN
 from hybrid_fx.passes.thread_masks import thread_masks
@@ -83,6 +84,38 @@ def test_a_graph_is_threaded_for_training_or_for_a_workspace_and_never_for_both(
     for order in ((TRAIN, DECODE), (DECODE, TRAIN)):
         with pytest.raises(PipelineError):
             order[0] + order[1]
+
+
+def projected(pointwise: bool) -> fx.Graph:
+    """hidden -> linear -> logits, through a cube of all of them where not ``pointwise``."""
+    graph = fx.Graph()
+    hidden, weight = graph.placeholder("hidden"), graph.placeholder("weight")
+    for node, shape in ((hidden, (2, 5, 4)), (weight, (7, 4))):
+        node.meta |= {"path": "", "input": node.name, "val": torch.empty(shape, device="meta")}
+    node = graph.call_function(OPERATORS["linear"], (hidden, weight, None))
+    if not pointwise:
+        node = graph.call_function(OPERATORS["pow"], (node, 3))
+    for new in graph.find_nodes(op="call_function", target=OPERATORS["linear"]):
+        new.meta["path"] = "head"
+    node.meta["path"] = "head"
+    graph.output(node)
+    return graph
+
+
+@pytest.mark.parametrize("pointwise", [True, False], ids=["before the head", "behind it"])
+@pytest.mark.parametrize("keep", [0, 2, torch.tensor([0, 3])], ids=["all", "two", "places"])
+def test_kept_tokens_are_those_that_logits_to_keep_means(keep: Any, pointwise: bool) -> None:
+    graph = projected(pointwise)
+    plain = fx.GraphModule({}, projected(pointwise))
+    result = keep_selected_tokens(graph, Context(training=True))
+    assert result.count == 1
+    hidden, weight = torch.randn(2, 5, 4), torch.randn(7, 4)
+    got = fx.GraphModule({}, graph)(hidden, weight, keep)
+    rows = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
+    torch.testing.assert_close(got, plain(hidden, weight)[:, rows])
+    (kept,) = calls(graph, "select_tokens")
+    assert (kept.args[0].op == "placeholder") is pointwise
+    assert keep_selected_tokens(graph, Context(training=True)).count == 0
 
 
 @pytest.mark.parametrize(
