@@ -20,13 +20,15 @@ from hybrid_fx.passes.thread_masks import thread_masks
 
 
 def two_attentions() -> fx.Graph:
-    """hidden -> attention -> attention with a window of 3 and dropout."""
+    """Attention, then one with a window of 3 and dropout; values are the keys negated."""
     graph = fx.Graph()
     hidden = graph.placeholder("hidden")
     hidden.meta |= {"path": "", "input": "hidden"}
+    value = graph.call_function(OPERATORS["neg"], (hidden,))
+    value.meta["path"] = ""
     node = hidden
     for index, options in enumerate(((0.5,), (0.25, 3, 0.0, None, 0.1))):
-        node = graph.call_function(OPERATORS["attention"], (node, hidden, hidden, *options))
+        node = graph.call_function(OPERATORS["attention"], (node, hidden, value, *options))
         node.meta["path"] = f"layers.{index}.attn"
         node = graph.call_function(OPERATORS["transpose"], (node, 1, 2))
         node.meta["path"] = f"layers.{index}.attn"
@@ -42,6 +44,7 @@ def test_each_attention_gets_its_implementation_and_the_mask_of_its_kind() -> No
     assert [n.meta.get("input") for n in first.all_input_nodes] == [
         "implementations_0",
         "hidden",
+        None,
         "causal_mask",
     ]
     assert second.args[0].meta["input"] == "implementations_1"
