@@ -5,22 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .graph import is_pure, name_of, value_of
-from .operators import IN_PLACE
-
-
-def _touched(graph: fx.Graph) -> set[fx.Node]:
-    """Calls that write in place, and all that share memory with what is written."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if name_of(node) in IN_PLACE:
-            todo: list[object] = [node.args[0]]
-            while todo:
-                source = todo.pop()
-                if isinstance(source, fx.Node) and source not in found:
-                    found.add(source)
-                    todo += source.all_input_nodes
-    return found
+from .effects import written_memory
+from .graph import is_pure, value_of
 
 
 def weight_only(graph: fx.Graph) -> dict[fx.Node, None]:
@@ -28,7 +14,7 @@ def weight_only(graph: fx.Graph) -> dict[fx.Node, None]:
 
     A weight that the graph writes (a buffer updated in place) counts, what reads it does not.
     """
-    touched = _touched(graph)
+    touched = written_memory(graph)
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -15,22 +15,22 @@ import torch
 from torch import fx
 
 from .contract import ANY, Context, Pass, PassResult
-from .functionalize import functionalize, written_memory
+from .effects import QUIET, written_memory
+from .functionalize import functionalize
 from .grad_scopes import detach_scopes, is_switch
-from .graph import call, dtype_of, name_of, path_of, shape_of, sweep, value_of
+from .graph import (
+    call,
+    dtype_of,
+    name_of,
+    path_of,
+    same_shape,
+    same_size,
+    shape_of,
+    sweep,
+    value_of,
+)
 from .operators import operator_name
 from .spelling import arrange, spell
-
-#: Calls without meaning for the values: logging, hints and checks that capture left behind.
-_IGNORED = (
-    "_log_api_usage_once",
-    "_assert_async",
-    "_check",
-    "_check_is_size",
-    "sym_constrain_range",
-    "_assert_tensor_metadata",
-    "set_inplace_requires_grad_allowed",
-)
 
 
 def _drop_scope(node: fx.Node) -> bool:
@@ -44,7 +44,7 @@ def _drop_scope(node: fx.Node) -> bool:
         if leave is not None:
             node.graph.erase_node(leave)
         return not node.users
-    return is_switch(node) or text in _IGNORED
+    return is_switch(node) or text in QUIET
 
 
 def _to(graph: fx.Graph, node: fx.Node) -> Any:
@@ -102,7 +102,7 @@ def _getitem(graph: fx.Graph, node: fx.Node) -> Any:
 def _view(graph: fx.Graph, node: fx.Node) -> Any:
     """A view as it was goes; ``view(addmm(b, view(x, -1, n), w), size)`` of Conv1D is a linear."""
     inner = node.args[0]
-    if shape_of(inner) is not None and shape_of(inner) == shape_of(node):
+    if same_shape(shape_of(inner), shape_of(node)):
         return inner if dtype_of(inner) == dtype_of(node) else None
     if operator_name(getattr(inner, "target", None)) != "addmm" or inner.kwargs:
         return None
@@ -113,8 +113,8 @@ def _view(graph: fx.Graph, node: fx.Node) -> Any:
     before = value_of(source)
     if shape is None or before is None or sizes is None or weight is flat:
         return None
-    same_rows = tuple(before.shape[:-1]) == tuple(sizes.shape[:-1])
-    if not same_rows or shape.dim() != 2 or before.shape[-1] != shape.shape[-1]:
+    same_rows = same_shape(before.shape[:-1], sizes.shape[:-1])
+    if not same_rows or shape.dim() != 2 or not same_size(before.shape[-1], shape.shape[-1]):
         return None
     turned = call(graph, "t", weight, path=path_of(inner))
     return call(graph, "linear", source, turned, bias, path=path_of(inner))
@@ -152,6 +152,14 @@ def canonicalize(graph: fx.Graph, context: Context) -> PassResult:
         The number of nodes that were rewritten or dropped.
     """
     count = detach_scopes(graph) if context.training else 0
+    count += spell_calls(graph) + functionalize(graph)
+    count += simplify(graph, training=context.training)
+    return PassResult(count + sweep(graph))
+
+
+def spell_calls(graph: fx.Graph) -> int:
+    """One target and one argument order for every call the table knows; others stay."""
+    count = 0
     for node in list(graph.nodes):
         before = (node.op, node.target)
         if node.op in ("call_function", "call_method") and _drop_scope(node):
@@ -166,22 +174,29 @@ def canonicalize(graph: fx.Graph, context: Context) -> PassResult:
             if not node.users:
                 graph.erase_node(node)
                 count += 1
-    count += functionalize(graph)
+    return count
+
+
+def simplify(graph: fx.Graph, *, training: bool = False) -> int:
+    """Apply the rules by canonical name; what stands for an old node takes over its origin."""
+    count = 0
     written = written_memory(graph)
     for node in list(graph.nodes):
         rule = _RULES.get(name_of(node) or "")
         if rule is None or not node.users:
             continue
-        if rule in _WITHOUT_BACKWARD and context.training:
+        if rule in _WITHOUT_BACKWARD and training:
             continue
         if rule in _CHANGES_MEMORY and written & {node, *node.all_input_nodes}:
             continue
         with graph.inserting_before(node):
             new = rule(graph, node)
         if new is not None:
+            if "origin" in node.meta:
+                new.meta.setdefault("origin", node.meta["origin"])
             node.replace_all_uses_with(new)
             count += 1
-    return PassResult(count + sweep(graph))
+    return count
 
 
 CANONICALIZE = Pass(

@@ -12,7 +12,7 @@ from torch import fx
 
 from .binding import weight_only, weights_first
 from .contract import Context, Pass, PassResult
-from .functionalize import written_memory
+from .effects import written_memory
 from .graph import call, dtype_of, order, path_of, shape_of, sweep
 from .pattern import Match, NoMatch
 from .rewrite import reads_written

@@ -27,7 +27,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "lora_folded": "adapters that may be folded are part of the weight they stand beside",
         "qkv_stacked": "query, key and value of a layer are slices of one linear",
         "gate_up_stacked": "gate and up of a layer are slices of one linear",
-        "mlp_fused": "the MLP of a layer is one gated_mlp or plain_mlp",
+        "mlp_fused": "the MLP of a layer is one operator",
         "add_norms_fused": "a residual sum and the norm that reads it are one operator",
         "gathered": "every weight reaches the graph through a gather",
         "threaded": "attention reads and writes the KV workspace",

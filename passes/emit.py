@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .functionalize import written_memory
+from .effects import written_memory
 from .graph import inside, is_pure, tail_names
 from .operators import operator_name
 from .writer import Writer, wrapped

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .graph import fake_values, name_of, order, value_of
-from .operators import IN_PLACE, OPERATORS
+from .effects import shares_memory
+from .graph import fake_values, name_of, order, same_shape, value_of
+from .operators import OPERATORS
 
 #: In-place spelling -> (functional operator, in-place operator of the table).
 _TWINS: dict[Any, tuple[str, str]] = {
@@ -36,49 +37,6 @@ _TWINS: dict[Any, tuple[str, str]] = {
 
 #: The plain twin where the in-place one has keywords: ``x.add_(y, alpha=2)``.
 _WITH_KEYWORDS = {"add": "scaled_add", "sub": "scaled_sub", "truediv": "div"}
-
-#: Operators whose result may share memory with an argument.
-VIEWS: frozenset[str] = frozenset(
-    "view reshape transpose t permute unsqueeze squeeze expand expand_as getitem split chunk "
-    "unbind unflatten flatten select narrow movedim swapaxes view_as contiguous to detach "
-    "unfold type_as dropout einsum gather".split()
-)
-
-
-def shares_memory(node: object) -> bool:
-    """Whether a call's result may share memory with an argument: a view, or a write in place."""
-    if not isinstance(node, fx.Node):
-        return False
-    return name_of(node) in VIEWS | IN_PLACE or node.kwargs.get("inplace") is True
-
-
-def bases(node: fx.Node) -> list[fx.Node]:
-    """A value and all that it may be a view of."""
-    found: dict[fx.Node, None] = {}
-    todo = [node]
-    while todo:
-        source = todo.pop()
-        if source not in found:
-            found[source] = None
-            todo += source.all_input_nodes if shares_memory(source) else []
-    return list(found)
-
-
-def written_memory(graph: fx.Graph) -> set[fx.Node]:
-    """Every value whose memory an in-place call may write, under any of its names."""
-    found: set[fx.Node] = set()
-    todo = [
-        base
-        for node in graph.nodes
-        if name_of(node) in IN_PLACE or node.kwargs.get("inplace") is True
-        for base in bases(node)
-    ]
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += [user for user in node.users if shares_memory(user)]
-    return found
 
 
 def _seen_later(node: fx.Node, place: dict[fx.Node, int], at: int) -> bool:
@@ -107,7 +65,7 @@ def _same_kind(node: fx.Node, plain: str) -> bool:
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     with fake_values(written.fake_mode):
         result = OPERATORS[plain](*args, **kwargs)
-    return result.dtype == written.dtype and tuple(result.shape) == tuple(written.shape)
+    return result.dtype == written.dtype and same_shape(result.shape, written.shape)
 
 
 def functionalize(graph: fx.Graph) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from .contract import Context, Pass, PassResult
-from .functionalize import written_memory
-from .graph import call, name_of, path_of, sweep
+from .effects import written_memory
+from .graph import call, dtype_of, name_of, path_of, same_shape, shape_of, sweep
 from .pattern import Match, NoMatch
 from .rewrite import reads_written, safe_to_replace
 from .roles import find_role
@@ -40,6 +40,8 @@ def _written(first: fx.Node, written: set[fx.Node]) -> NoMatch | None:
 
 def _gated(graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]) -> fx.Node | NoMatch:
     gate, up = found["a"], found["up"]
+    if name_of(gate) == name_of(up) == "linear" and gate.args[0] is up.args[0]:
+        return _split_gated(graph, found, kind, written)
     parts = gate.args[0] if name_of(gate) == "getitem" else None
     expected = "gate and up as the halves of one linear (concat_gate_up)"
     if parts is None or name_of(up) != "getitem" or up.args != (parts, 1) or gate.args[1] != 0:
@@ -57,6 +59,20 @@ def _gated(graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]) -> f
     return call(graph, "gated_mlp", x, weight, bias, *down, kind, path=path_of(found.root))
 
 
+def _split_gated(
+    graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]
+) -> fx.Node | NoMatch:
+    gate, up = found["a"], found["up"]
+    if shared := next((n for n in (gate, up) if set(n.users) - set(found.nodes)), None):
+        return NoMatch(shared.name, "gate and up used by the MLP alone", "another user")
+    if dtype_of(gate) != dtype_of(up) or not same_shape(shape_of(gate), shape_of(up)):
+        return NoMatch(up.name, f"the dtype and shape of {gate.name}", "others")
+    if failure := _written(gate, written) or _written(up, written):
+        return failure
+    pieces = (*gate.args, *up.args[1:], found["down"], found["down_bias"])
+    return call(graph, "split_gated_mlp", *pieces, kind, path=path_of(found.root))
+
+
 def _plain(graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]) -> fx.Node | NoMatch:
     up = found["a"]
     inner = set(found.nodes)
@@ -72,7 +88,7 @@ def _plain(graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]) -> f
 
 
 def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
-    """The role ``mlp`` of each layer becomes ``gated_mlp`` or ``plain_mlp``."""
+    """The role ``mlp`` of each layer becomes one operator of :mod:`.kernels`."""
     count, misses = 0, []
     for path, layer in context.layers.items():
         role = layer.policy.role("mlp")
@@ -106,5 +122,5 @@ FUSE_MLP = Pass(
     "fuse_mlp",
     fuse_mlp,
     provides=frozenset({"mlp_fused"}),
-    may_add=frozenset({"gated_mlp", "plain_mlp"}),
+    may_add=frozenset({"gated_mlp", "split_gated_mlp", "plain_mlp"}),
 )

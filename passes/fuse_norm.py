@@ -7,7 +7,7 @@ from torch import fx
 
 from .binding import weights_first
 from .contract import Context, Pass, PassResult
-from .functionalize import written_memory
+from .effects import written_memory
 from .graph import call, calls, dtype_of, inside, name_of, order, path_of, sweep
 from .pattern import Match
 from .rewrite import Rule, apply_rule

@@ -13,7 +13,7 @@ Five entries of ``node.meta`` carry what passes look at:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,21 @@ def shape_of(node: object) -> tuple[Any, ...] | None:
     """The shape of a node's value, symbolic where dynamic; ``None`` where unknown."""
     value = value_of(node)
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for certain; unlike ``==``, it asks nothing of symbolic ones.
+
+    A question about a symbolic size would become a guard of the graph that Dynamo compiles.
+    """
+    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
+
+
+def same_shape(a: Sequence[Any] | None, b: Sequence[Any] | None) -> bool:
+    """Whether two shapes are known and equal for certain."""
+    if a is None or b is None or len(a) != len(b):
+        return False
+    return all(map(same_size, a, b))
 
 
 def dtype_of(node: object) -> torch.dtype | None:
@@ -138,10 +153,9 @@ def fake_values(mode: FakeTensorMode) -> Iterator[None]:
 def evaluate(node: fx.Node) -> Any:
     """The fake value of a node from those of its arguments; ``None`` where one is unknown."""
     known = all(value_of(arg) is not None for arg in node.all_input_nodes)
-    mode = next(
-        (v.fake_mode for v in map(value_of, node.all_input_nodes) if isinstance(v, FakeTensor)),
-        None,
-    )
+    values = [value_of(arg) for arg in node.all_input_nodes]
+    flat = [v for value in values for v in (value if isinstance(value, tuple | list) else (value,))]
+    mode = next((value.fake_mode for value in flat if isinstance(value, FakeTensor)), None)
     if not known or mode is None or operator_name(node.target) in EFFECTS:
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .binding import tensors_cross, weight_only
-from .functionalize import VIEWS
+from .effects import VIEWS
 from .graph import dtype_of, name_of, path_of, sweep, value_of
 
 

@@ -69,6 +69,21 @@ def gated_mlp(
     return F.linear(activate(gate, kind).mul_(up), down, down_bias)
 
 
+def split_gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    kind: str,
+) -> Tensor:
+    """``down(act(gate(x)) * up(x))`` with gate and up as weights of their own, [F, E] each."""
+    gated = activate(F.linear(x, gate, gate_bias), kind)
+    return F.linear(gated.mul_(F.linear(x, up, up_bias)), down, down_bias)
+
+
 def plain_mlp(
     x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, kind: str
 ) -> Tensor:

@@ -67,9 +67,9 @@ def _build() -> dict[str, Callable[..., Any]]:
         (attention, "attend attend_one attend_as_configured"),
         (
             kernels,
-            "rms_norm add_rms_norm add_layer_norm gated_mlp plain_mlp gather concat_rows "
-            "fold_lora fold_dora fold_error exact given last_tokens select_tokens track_gradient "
-            "store",
+            "rms_norm add_rms_norm add_layer_norm gated_mlp split_gated_mlp plain_mlp gather "
+            "concat_rows fold_lora fold_dora fold_error exact given last_tokens select_tokens "
+            "track_gradient store",
         ),
     ):
         table |= {name: getattr(module, name) for name in names.split()}

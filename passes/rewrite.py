@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .functionalize import written_memory
+from .effects import written_memory
 from .graph import inside, sweep
 from .pattern import Match, Pattern, match
 

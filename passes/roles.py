@@ -67,12 +67,23 @@ class LayerMatch:
         return not self.missing
 
 
-def find_role(graph: fx.Graph, role: Role, layer: str) -> list[Match] | NoMatch:
-    """Every match of a role in one layer, or the failure that got furthest."""
-    places = tuple(f"{layer}.{at}" if at else layer for at in role.at)
+def tails(policies: Sequence[Policy]) -> frozenset[str]:
+    """The module names, relative to a layer, in which roles stand."""
+    return frozenset(at for policy in policies for role in policy.roles for at in role.at if at)
+
+
+def find_role(
+    graph: fx.Graph, role: Role, layer: str, nodes: Sequence[fx.Node] | None = None
+) -> list[Match] | NoMatch:
+    """Every match of a role in one layer, or the failure that got furthest.
+
+    Args:
+        nodes: The calls of the layer, where the caller has them at hand.
+    """
+    places = tuple(f"{layer}.{at}" if at and layer else at or layer for at in role.at)
     found: list[Match] = []
     failure: NoMatch | None = None
-    for node in nodes_of(graph, layer):
+    for node in nodes_of(graph, layer) if nodes is None else nodes:
         if not any(inside(node, place) for place in places):
             continue
         result = match(role.pattern, node)
@@ -89,11 +100,21 @@ def find_role(graph: fx.Graph, role: Role, layer: str) -> list[Match] | NoMatch:
     return NoMatch(layer, f"a call in {' or '.join(role.at)}", "none")
 
 
-def match_layer(graph: fx.Graph, layer: str, policies: Sequence[Policy]) -> LayerMatch:
-    """The policy that fits a layer; where none does in full, the one with most roles found."""
+def match_layer(
+    graph: fx.Graph,
+    layer: str,
+    policies: Sequence[Policy],
+    nodes: Sequence[fx.Node] | None = None,
+) -> LayerMatch:
+    """The policy that fits a layer; where none does in full, the one with most roles found.
+
+    Args:
+        nodes: The calls of the layer, where the caller has them at hand.
+    """
+    here = nodes_of(graph, layer) if nodes is None else nodes
     best: LayerMatch | None = None
     for policy in policies:
-        results = {role.name: find_role(graph, role, layer) for role in policy.roles}
+        results = {role.name: find_role(graph, role, layer, here) for role in policy.roles}
         missing = {name: r for name, r in results.items() if isinstance(r, NoMatch)}
         candidate = LayerMatch(layer, policy, frozenset(results) - missing.keys(), missing)
         if candidate:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from .functionalize import bases
+from .effects import bases
 from .graph import name_of
 from .operators import IN_PLACE, operator_name
 from .show import neighbourhood
@@ -96,6 +96,11 @@ def attends(node: fx.Node) -> str | None:
     return None
 
 
+def known_addition(node: fx.Node) -> str | None:
+    """What a pass added to a working copy is a call of the operator table."""
+    return None if "origin" in node.meta else known_kind(node) or known_operator(node)
+
+
 RULES: tuple[Rule, ...] = (
     known_kind,
     known_operator,
@@ -108,6 +113,9 @@ RULES: tuple[Rule, ...] = (
 
 #: The rules of a prefill or decode graph.
 THREADED: tuple[Rule, ...] = (*RULES, attends)
+
+#: The rules of a graph that Dynamo handed over: what the table lacks may stand in it.
+PARTIAL: tuple[Rule, ...] = (known_addition, bound_placeholder, placed)
 
 
 def check_graph(graph: fx.Graph, *, stage: str, rules: Sequence[Rule] = RULES) -> None:

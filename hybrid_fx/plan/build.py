@@ -38,6 +38,7 @@ _FUSED = {
     "add_rms_norm": "residual + norm",
     "add_layer_norm": "residual + norm",
     "gated_mlp": "mlp",
+    "split_gated_mlp": "mlp",
     "plain_mlp": "mlp",
 }
 

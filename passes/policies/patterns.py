@@ -40,7 +40,24 @@ ROTARY = Call(
     commutes=True,
 )
 
-ATTENTION = Call(("attention", "attend", "attend_one"), Any("q"), Any("k"), Any("v"), more=True)
+_WEIGHTS = Opt("dropout", Opt("to", Call("softmax", more=True)))
+
+#: The canonical op, or what it stands for: torch's own or written out, [B,H,T,D] turned.
+ATTENTION = Either(
+    Call(("attention", "attend", "attend_one"), Any("q"), Any("k"), Any("v"), more=True),
+    Opt(
+        "contiguous",
+        Call(
+            "transpose",
+            Either(
+                Call("scaled_dot_product_attention", more=True),
+                Call("matmul", _WEIGHTS, Any("v", node=True)),
+            ),
+            Const(equals=1),
+            Const(equals=2),
+        ),
+    ),
+)
 
 #: The output projection on the joined heads.
 OUTPUT = Call(

@@ -118,8 +118,8 @@ GROUPS = (
             ),
             Fault(
                 "a write that keeps its dtype becomes a sum that widens it",
-                "    return result.dtype == written.dtype and tuple(result.shape)",
-                "    return tuple(result.shape)",
+                "    return result.dtype == written.dtype and same_shape(",
+                "    return same_shape(",
             ),
             Fault(
                 "uses before the write get the new value",
@@ -132,20 +132,83 @@ GROUPS = (
                 'operator.isub: ("add", "add_")',
             ),
             Fault(
+                "x.add_(y, alpha=2) loses alpha",
+                "        plain = _WITH_KEYWORDS.get(plain, plain)\n",
+                "        node.kwargs = {}\n",
+                ("tests/passes/test_canonicalize.py",),
+            ),
+        ),
+    ),
+    Group(
+        "effects",
+        "passes/effects.py",
+        ("tests/passes/test_functionalize.py",),
+        (
+            Fault(
                 "a transpose is no view", '    "view reshape transpose t ', '    "view reshape t '
             ),
             Fault("a slice is no view", "expand expand_as getitem split", "expand expand_as split"),
             Fault(
                 "views of written memory are not counted as written",
-                "todo += [user for user in node.users if shares_memory(user)]",
+                "todo += [user for user in node.users if node in shared_with(user)]",
                 "todo += []",
                 ("tests/passes/test_functionalize.py", "tests/passes/test_fusions.py"),
             ),
             Fault(
-                "x.add_(y, alpha=2) loses alpha",
-                "        plain = _WITH_KEYWORDS.get(plain, plain)\n",
-                "        node.kwargs = {}\n",
-                ("tests/passes/test_canonicalize.py",),
+                "only the weight that is written counts as written, not what shares its memory",
+                "            todo += shared_with(source)\n",
+                "            todo += []\n",
+                ("tests/passes/test_staging.py", "tests/passes/test_functionalize.py"),
+            ),
+            Fault(
+                "a function of which nothing is known writes nothing",
+                "    if is_opaque(node):\n        return node.all_input_nodes\n",
+                "    if is_opaque(node):\n        return []\n",
+                ("tests/passes/test_effects.py",),
+            ),
+            Fault(
+                "a registered operator that writes is taken at its name",
+                "        return bool(target._schema.is_mutable)",
+                "        return False",
+                ("tests/passes/test_effects.py",),
+            ),
+            Fault(
+                "an assignment to a slice writes nothing",
+                "iand ior ixor setitem",
+                "iand ior ixor",
+                ("tests/passes/test_effects.py",),
+            ),
+        ),
+    ),
+    Group(
+        "graft",
+        "passes/graft.py",
+        ("tests/passes/test_graft.py",),
+        (
+            Fault(
+                "a value that is written in place is replaced",
+                "        if old in self._before.written:\n",
+                "        if False:\n",
+            ),
+            Fault(
+                "a replacement reads memory behind a write to it",
+                "        if origin in self._before.written:\n",
+                "        if False:\n",
+            ),
+            Fault(
+                "a replacement spans two scopes",
+                "            if self._scope[self._old[node]] != self._scope[root]:\n",
+                "            if False:\n",
+            ),
+            Fault(
+                "a value that others still read is replaced at its place",
+                "            local = old in still_read or",
+                "            local = False or",
+            ),
+            Fault(
+                "random numbers that nothing reads are not drawn",
+                '    if name_of(node) == "dropout":',
+                "    if False:",
             ),
         ),
     ),

@@ -57,18 +57,13 @@ GROUPS = (
         (
             Fault(
                 "what reads a written buffer moves to prepare",
-                "    touched = _touched(graph)\n",
+                "    touched = written_memory(graph)\n",
                 "    touched: set[fx.Node] = set()\n",
             ),
             Fault(
                 "what has an effect moves to prepare",
                 'elif node.op == "call_function" and is_pure(node) and node not in touched:',
                 'elif node.op == "call_function" and node not in touched:',
-            ),
-            Fault(
-                "only the weight that is written counts as written, not what shares its memory",
-                "todo += source.all_input_nodes",
-                "todo += []",
             ),
             Fault(
                 "values that are no tensors cross into the body",

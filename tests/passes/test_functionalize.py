@@ -16,7 +16,8 @@ from torch import fx
 
 from hybrid_fx.passes.canonicalize import canonicalize
 from hybrid_fx.passes.contract import Context
-from hybrid_fx.passes.functionalize import functionalize, written_memory
+from hybrid_fx.passes.effects import written_memory
+from hybrid_fx.passes.functionalize import functionalize
 from hybrid_fx.passes.graph import name_of
 from hybrid_fx.passes.operators import IN_PLACE
 from hybrid_fx.passes.spec import IllegalGraphError, check_graph

@@ -383,22 +383,59 @@ def test_an_mlp_over_uneven_parts_is_left_alone() -> None:
     assert "halves of one linear" in result.misses[0][1].expected
 
 
-def test_separate_gate_and_up_are_joined_first() -> None:
-    build = Builder()
+def _apart(build: Builder, change: str = "") -> tuple[fx.Node, ...]:
+    """An MLP whose gate and up are linear layers of their own; ``change`` makes up odd."""
     x = build.input("x", 2, 3, 4)
-    gate = build.call("linear", x, build.weight("g", 6, 4), None, path=f"{LAYER}.mlp.gate_proj")
-    up = build.call("linear", x, build.weight("u", 6, 4), None, path=f"{LAYER}.mlp.up_proj")
     place = f"{LAYER}.mlp"
+    gate = build.call("linear", x, build.weight("g", 6, 4), None, path=f"{place}.gate_proj")
+    rows = 1 if change == "another shape" else 6
+    dtype = torch.float64 if change == "another dtype" else torch.float32
+    source = build.input("y", 2, 3, 4) if change == "another input" else x
+    if change == "another dtype":
+        source = build.call("to", x, dtype, path=place)
+    weight = build.weight("u", rows, 4, dtype=dtype)
+    bias = None if change == "no bias" else build.weight("b", rows, dtype=dtype)
+    up = build.call("linear", source, weight, bias, path=f"{place}.up_proj")
     product = build.call("mul", build.call("silu", gate, path=place), up, path=place)
-    down = build.weight("down", 4, 6)
-    graph = build.output(build.call("linear", product, down, None, path=f"{place}.down_proj"))
+    if change == "another dtype":
+        product = build.call("to", product, torch.float32, path=place)
+    out = build.call("linear", product, build.weight("d", 4, 6), None, path=place)
+    return (out, up) if change == "another user" else (out,)
+
+
+def test_gate_and_up_that_were_not_joined_are_fused_as_they_stand_bit_by_bit() -> None:
+    build = Builder()
+    graph = build.output(*_apart(build))
     given = values(graph)
     before = run(graph, given)[0]
-    told = _told(LLAMA)
-    assert fuse_mlp(graph, told).count == 0
-    assert concat_gate_up(graph, told).count == 1
-    assert fuse_mlp(graph, told).count == 1
+    assert fuse_mlp(graph, _told(LLAMA)).count == 1
+    assert [count(graph, name) for name in ("split_gated_mlp", "linear", "silu")] == [1, 0, 0]
+    assert same(run(graph, given)[0], before)
+    assert fuse_mlp(graph, _told(LLAMA)).count == 0
+
+
+def test_gate_and_up_that_were_joined_are_fused_over_one_product() -> None:
+    build = Builder()
+    graph = build.output(*_apart(build, "no bias"))
+    given = values(graph)
+    before = run(graph, given)[0]
+    assert concat_gate_up(graph, _told(LLAMA)).count == 1
+    assert fuse_mlp(graph, _told(LLAMA)).count == 1
+    assert count(graph, "gated_mlp") == 1
     assert far(run(graph, given)[0], before) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "change", ["another input", "another dtype", "another shape", "another user"]
+)
+def test_gate_and_up_of_their_own_are_left_alone_where_up_has(change: str) -> None:
+    build = Builder()
+    graph = build.output(*_apart(build, change))
+    before = text(graph)
+    result = fuse_mlp(graph, _told(LLAMA))
+    assert result.count == 0
+    assert len(result.misses) == 1
+    assert text(graph) == before
 
 
 def test_the_tanh_form_of_gelu_is_not_taken_for_the_exact_one() -> None:
