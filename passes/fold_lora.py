@@ -15,7 +15,7 @@ from torch import fx
 
 from .binding import weight_only, weights_first
 from .contract import Context, Pass, PassResult
-from .functionalize import written_memory
+from .effects import written_memory
 from .graph import call, calls, dtype_of, name_of, path_of, sweep, tail_names
 from .layers import layer_of
 from .pattern import Any, Call, Const, Either, Match, NoMatch, Opt, Pattern, match
