@@ -15,16 +15,6 @@ GROUPS = (
         _PASSES,
         (
             Fault(
-                "attention with a window gets the mask of those without",
-                "fresh_input(graph, MASKS[windowed])",
-                "fresh_input(graph, MASKS[0])",
-            ),
-            Fault(
-                "all attentions share one implementation",
-                'f"implementations_{index}"',
-                '"implementations_0"',
-            ),
-            Fault(
                 "window and dropout are dropped on the way",
                 "                *options,\n",
                 "                *options[:1],\n",
@@ -40,18 +30,6 @@ GROUPS = (
                 "it keeps tokens as generation does",
                 'return _keep(graph, "select_tokens")',
                 'return _keep(graph, "last_tokens")',
-            ),
-        ),
-    ),
-    Group(
-        "keep_selected_tokens",
-        "passes/kernels.py",
-        _PASSES,
-        (
-            Fault(
-                "tokens are counted from the front",
-                "x[:, slice(-keep, None) if",
-                "x[:, slice(keep, None) if",
             ),
         ),
     ),
