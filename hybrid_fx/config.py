@@ -49,7 +49,8 @@ class HybridConfig:
         disable_passes: Names of optional passes to leave out, e.g. ``("concat_qkv",)``.
         train_graph: While the model is in training, ``engine(**batch)`` runs a graph captured
             under its training flags: the same loss, gradients and random numbers. Its result
-            holds loss and logits, and never a KV cache; ``graph`` does not lower it.
+            holds loss and logits, and never a KV cache; ``graph`` does not lower it. The first
+            call of each kind proves it, and holds two more sets of gradients meanwhile.
         passes: Passes of your own, :class:`hybrid_fx.passes.Pass`; each runs as late as its
             contract allows, in the graphs that generate. They may add any operator of the table.
         policies: Decoder families of your own, :class:`hybrid_fx.passes.Policy`; tried before
