@@ -15,8 +15,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .distributed.initialize import initialize
     from .engine.engine import HybridEngine
-    from .engine.hybridize import hybridize
+    from .front import hybridize
 
 __version__ = "0.1.0"
 
@@ -31,15 +32,20 @@ __all__ = [
     "StrictError",
     "__version__",
     "hybridize",
+    "initialize",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import the engine when it is first asked for: transformers takes seconds to load."""
     if name == "hybridize":
-        from .engine.hybridize import hybridize
+        from .front import hybridize
 
         return hybridize
+    if name == "initialize":
+        from .distributed.initialize import initialize
+
+        return initialize
     if name == "HybridEngine":
         from .engine.engine import HybridEngine
 

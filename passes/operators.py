@@ -59,6 +59,8 @@ def _build() -> dict[str, Callable[..., Any]]:
     table["gather_along"] = table.pop("gather")
     # torch's own, where Python's operator lacks the keyword: add(x, y, alpha=2)
     table["scaled_add"], table["scaled_sub"] = torch.add, torch.sub
+    # Not F.linear as it stands: DeepSpeed replaces that name for the whole process.
+    table["linear"] = torch._C._nn.linear
     table["vector_norm"] = torch.linalg.vector_norm
     table["linalg_norm"] = torch.linalg.norm
     table["attention"] = attention.attention

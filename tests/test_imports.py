@@ -24,12 +24,15 @@ MAY_LOAD: dict[str, set[str]] = {
     "capture": {"transformers"},
     "generate": {"transformers"},
     "engine": {"transformers"},
+    "distributed": {"deepspeed", "transformers"},
+    "front": {"transformers"},
     "testing": {"hypothesis"},
     "HybridEngine": {"transformers"},
     "hybridize": {"transformers"},
+    "initialize": set(),
 }
 #: Public names that are served without torch.
-WITHOUT_TORCH = sorted({*hybrid_fx.__all__} - {"HybridEngine", "hybridize"})
+WITHOUT_TORCH = sorted({*hybrid_fx.__all__} - {"HybridEngine", "hybridize", "initialize"})
 
 #: Modules of its own that `import hybrid_fx` may load: what holds the config and the errors.
 OWN = 8

@@ -25,6 +25,8 @@ ORDER = (
     "runtime",
     "generate",
     "engine",
+    "distributed",
+    "front",
 )
 LEAVES = {"errors", "config"}
 # Tips stand beside that line: they may import it up to the named entry, and nobody imports them.

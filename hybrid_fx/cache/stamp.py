@@ -16,6 +16,7 @@ from .fingerprint import class_items
 from .helpers import functions_in, is_by_version
 from .tree import (
     NOT_CONFIG,
+    View,
     global_hooks,
     is_code,
     is_config,
@@ -63,7 +64,8 @@ def _parts(function: FunctionType) -> tuple[object, ...]:
 class _Look:
     """One reading of a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, view: View) -> None:
+        self._view = view
         self.plain: list[Any] = []
         self.held: list[Any] = []
         self._configs: set[int] = set()
@@ -86,16 +88,20 @@ class _Look:
                     plain += (name, None)
                 else:
                     first = self._tensors.setdefault(id(tensor), len(self._tensors))
-                    plain += (name, first, tensor.shape, tensor.dtype, tensor.device.type)
+                    shape = self._view.shape(tensor)
+                    plain += (name, first, shape, tensor.dtype, tensor.device.type)
                     plain.append(id(type(tensor)))
         for name, value in own_attributes(module):
+            if self._view.foreign_attribute(name):
+                continue
             plain.append(name)
             if type(value) in _PLAIN:
                 plain.append(value)
             else:
                 self.value(value)
         for kind_of_hook, hook in own_hooks(module):
-            self.hook(kind_of_hook, hook)
+            if not self._view.foreign_hook(hook):
+                self.hook(kind_of_hook, hook)
 
     def hook(self, kind: str, hook: Any) -> None:
         if not is_ours(hook):
@@ -196,7 +202,7 @@ class _Look:
                 self.value(value)
 
 
-def structure_stamp(model: nn.Module, *, training: bool = False) -> Stamp:
+def structure_stamp(model: nn.Module, *, training: bool = False, view: View | None = None) -> Stamp:
     """Return a stamp that differs, in this process, whenever the structure key may differ.
 
     Equal stamps: the key computed before still holds. Different stamps: compute the key; it may
@@ -205,8 +211,9 @@ def structure_stamp(model: nn.Module, *, training: bool = False) -> Stamp:
     Args:
         model: The model as it stands. No tensor's memory is read.
         training: Also look at each module's training flag, for the key of a training graph.
+        view: What of the modules is the model's own.
     """
-    look = _Look()
+    look = _Look(view or View())
     for path, module in walk(model):
         look.plain.append(path)
         look.module(module, training)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 # What every module carries, hooks and children included; read by name where it matters.
@@ -82,6 +83,30 @@ def own_hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
             for number, hook in hooks.items():
                 flags = " with kwargs" * (number in with_kwargs) + " always" * (number in always)
                 yield kind + flags, hook
+
+
+class View:
+    """What of a module tree is the model's own: here everything.
+
+    A framework that wraps a model leaves hooks and attributes on its modules, and may keep the
+    values of its parameters elsewhere; its view leaves out the former and finds the latter.
+    """
+
+    def foreign_attribute(self, name: str) -> bool:
+        """Whether an attribute of this name on a module is the framework's."""
+        return False
+
+    def foreign_hook(self, hook: Any) -> bool:
+        """Whether a forward or backward hook is the framework's."""
+        return False
+
+    def shape(self, tensor: Tensor) -> torch.Size:
+        """The shape of the whole tensor."""
+        return tensor.shape
+
+    def held(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        """The tensor in whose memory the values of ``tensor`` lie in this process, and a name."""
+        return name, tensor
 
 
 def global_hooks() -> Iterator[tuple[str, Any]]:

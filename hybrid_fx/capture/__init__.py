@@ -2,5 +2,6 @@
 
 from .assumptions import assumptions
 from .capture import Captured, capture, capture_call
+from .linear_seam import plain_linear
 
-__all__ = ["Captured", "assumptions", "capture", "capture_call"]
+__all__ = ["Captured", "assumptions", "capture", "capture_call", "plain_linear"]

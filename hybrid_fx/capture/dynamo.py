@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
+from .linear_seam import plain_linear
 
 #: For the time of one trace. Without the first, Dynamo remembers the values an earlier trace of
 #: this function saw (another model's eps, its scaling) and makes inputs of what differs.
@@ -79,7 +80,7 @@ def trace(function: Callable[..., Any], *args: Any) -> Trace:
 
     assert isinstance(function, FunctionType)
     try:
-        with torch._dynamo.config.patch(_SETTINGS):
+        with plain_linear(), torch._dynamo.config.patch(_SETTINGS):
             torch.compile(_own_code(function), backend=backend, fullgraph=True)(*args)
     except _Stop:
         return traces[0]

@@ -6,6 +6,7 @@ It holds the only mutable state of the package: mode, weight version, workspace,
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from ..generate import causal_lm, generate
 from .explain import Explanation
 from .graphs import ModelGraphs
 from .report import build_explanation
+from .source import Source
 from .stats import Stats
 from .switch import GenerateSwitch
 from .training_graphs import TrainingGraphs
@@ -46,20 +48,26 @@ class HybridEngine:
     def __init__(self, model: nn.Module, config: HybridConfig) -> None:
         self.module = model
         self.config = config
+        self._begin(Source(model), config)
+
+    def _begin(self, source: Source, options: HybridConfig) -> None:
+        """Take over the generating of a model; the rest of the engine may be another's."""
+        model = source.model
+        self._options = options
+        self._source = source
         self.stats = Stats(synchronize=_synchronize(model))
-        self._tracker = WeightTracker(model, verify=config.verify_weights)
+        self._tracker = WeightTracker(model, verify=options.verify_weights, view=source.view)
         self._tracker.on_step = self._after_step
-        self._graphs = ModelGraphs(model, config, self.stats, self._tracker)
+        self._graphs = ModelGraphs(source, options, self.stats, self._tracker)
         self._lock = threading.RLock()
         self._training_graphs = (
-            TrainingGraphs(model, config, self.stats, self._lock) if config.train_graph else None
+            TrainingGraphs(model, options, self.stats, self._lock) if options.train_graph else None
         )
         self._warned: set[str] = set()
         self._training = model.training
         self._closed = False
         self._running = 0
         self._plain_generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
-        self._had_own = vars(model).get("generate")
         vars(model)["generate"] = GenerateSwitch(self, model)
 
     def __getattr__(self, name: str) -> Any:
@@ -92,11 +100,7 @@ class HybridEngine:
         if not mode:
             return self.eval()
         self.module.train()
-        if not self._training:
-            self._training = True
-            if self.config.release_inference_cache:
-                self._release()
-        self.stats.mark("train")
+        self._begin_training()
         return self
 
     def eval(self) -> HybridEngine:
@@ -104,6 +108,13 @@ class HybridEngine:
         self.module.eval()
         self._begin_generating()
         return self
+
+    def _begin_training(self) -> None:
+        if not self._training:
+            self._training = True
+            if self._options.release_inference_cache:
+                self._release()
+        self.stats.mark("train")
 
     def _begin_generating(self) -> None:
         self._training = False
@@ -131,23 +142,30 @@ class HybridEngine:
                 self._begin_generating()
             self.stats.count("generate_calls")
             self._running += 1
+            self._graphs.begin()
             # Memory made in inference mode could never be refilled outside of it.
             with self.stats.timer("generate"), torch.inference_mode(False):
                 try:
-                    return self._counted(
-                        generate(
-                            self.module,
-                            self._graphs.ready,
-                            args,
-                            kwargs,
-                            on_fallback=self._note_fallback,
-                            strict=self.config.strict,
-                            plain_generate=self._generate_by_module,
-                            warned=self._warned,
-                        )
-                    )
+                    return self._counted(self._generate(args, kwargs))
+                except Exception:
+                    self._graphs.abandon()
+                    raise
                 finally:
                     self._after_generate()
+
+    def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        model = self._source.runnable()
+        plain: Any = self._plain_generate if model is self.module else model.generate
+        return generate(
+            model,
+            self._graphs.ready,
+            args,
+            kwargs,
+            on_fallback=self._note_fallback,
+            strict=self._options.strict,
+            plain_generate=functools.partial(self._generate_by_module, model, plain),
+            warned=self._warned,
+        )
 
     def _note_fallback(self, reason: str) -> None:
         self.stats.fallback(f"{reason}: {self._graphs.failure}" if self._graphs.failure else reason)
@@ -159,23 +177,30 @@ class HybridEngine:
 
     def _after_generate(self) -> None:
         self._running -= 1
+        self._graphs.end()
         runner = self._graphs.runner
         if runner is not None:
             self.stats.record_kv_bytes(runner.workspace.nbytes)
         # A call from inside another one (a processor that generates) frees nothing of the outer.
-        if self.config.release_inference_cache and not self._running:
+        if self._options.release_inference_cache and not self._running:
             self._release()
 
     def _release(self) -> None:
         self._graphs.release()
         self.stats.record_kv_bytes(0)
 
-    def _generate_by_module(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_by_module(
+        self, model: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """transformers' generate on the module itself, its forwards counted."""
-        causal = causal_lm(self.module)
+        if self._source.sharded:
+            if not self._graphs.weights:
+                self._graphs.ready(whole=True)
+            self._source.fill(model, self._graphs.weights)
+        causal = causal_lm(model)
         handle = causal.register_forward_pre_hook(lambda *_: self.stats.count("hf_forwards"))
         try:
-            return self._plain_generate(*args, **kwargs)
+            return plain(*args, **kwargs)
         finally:
             handle.remove()
 
@@ -193,15 +218,16 @@ class HybridEngine:
 
         With ``passes``, also what each pass did: places, nodes added and removed, time.
 
-        Captures and prepares the model if that did not happen yet. ``print()`` shows a table,
+        Captures and prepares the model if that did not happen yet; where no process has all of the
+        weights, it only captures, and needs no other rank. ``print()`` shows a table,
         ``.render(sources=True)`` the sources too, ``.as_dict()`` gives the same as data.
         """
         if not self._closed:
             with self._lock:
-                self._graphs.ready()
+                self._graphs.read() if self._source.sharded else self._graphs.ready()
         return build_explanation(
             self.module,
-            self.config,
+            self._options,
             self._graphs,
             self.stats,
             self._training_graphs,
@@ -217,10 +243,11 @@ class HybridEngine:
         self._graphs.release()
         self._training_graphs = None
         attributes = vars(self.module)
-        if isinstance(attributes.get("generate"), GenerateSwitch):
+        switch = attributes.get("generate")
+        if isinstance(switch, GenerateSwitch):
             del attributes["generate"]
-            if self._had_own is not None:
-                attributes["generate"] = self._had_own
+            if switch.shadowed is not None:
+                attributes["generate"] = switch.shadowed
 
     def __enter__(self) -> HybridEngine:
         return self

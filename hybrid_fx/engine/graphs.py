@@ -5,34 +5,24 @@ Asked before every generate; does nothing where neither structure nor weights ch
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from ..cache.disk import default_directory
-from ..cache.key import StructureKey
-from ..cache.plan_cache import PlanCache
-from ..cache.stamp import structure_stamp
-from ..capture import assumptions, capture
 from ..config import HybridConfig
-from ..errors import StrictError
+from ..errors import HybridError, StrictError
 from ..generate import causal_lm, position_limit
-from ..passes.contract import Context
-from ..passes.driver import PassRecord, run_passes
-from ..passes.operators import OPERATORS
-from ..passes.pipeline import NORMALIZE
-from ..plan.build import build_plan
-from ..plan.choice import optional_passes, policies
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
 from ..runtime.lowering import by_inductor
 from ..runtime.probe import Verdict, probe
+from .plans import Plans
 from .proof import by_graph, by_module, said, telling
+from .source import Ask, Source
 from .stats import Stats
 from .versions import WeightTracker
 
@@ -50,64 +40,104 @@ class ModelGraphs:
 
     Attributes:
         runner: Of the plan in use; ``None`` before the first use and where capture failed.
+        weights: All of the weights, in a call in which some rank runs the module itself.
         failure: Why the model runs as the original module, or "".
         errors: Measured relative error of folding, by adapted place; empty where not measured.
     """
 
     def __init__(
-        self, model: nn.Module, config: HybridConfig, stats: Stats, tracker: WeightTracker
+        self, source: Source, config: HybridConfig, stats: Stats, tracker: WeightTracker
     ) -> None:
-        self._model = model
+        self._source = source
+        self._model = source.model
         self._config = config
         self._stats = stats
         self._tracker = tracker
-        self._passes, self._policies = optional_passes(config), policies(config)
-        directory = None
-        if config.disk_cache:
-            directory = Path(config.cache_dir) if config.cache_dir else default_directory()
-        self._cache = PlanCache(directory, operator_names=OPERATORS.keys())
+        self._plans = Plans(source, config, stats)
         self.runner: PlanRunner | None = None
         self.failure = ""
         self.errors: dict[str, float] = {}
+        self.weights: Mapping[str, Tensor] = {}
+        self._agreed = False
         self._stamp: Any = None
         self._digest = ""
         self._unmatched = ""
-        self._stored = self._distrusted = False
-        self._built: set[str] = set()
         self._folding: PlanRunner | None = None
-        self._canonical: fx.Graph | None = None
-        self._normalized: tuple[PassRecord, ...] = ()
         self._prepared_version: int | None = None
         self._proven: PlanRunner | None = None
         self._side: frozenset[str] = frozenset()
 
-    def ready(self) -> PlanRunner | None:
+    def begin(self) -> None:
+        """A call begins: where sharded, all ranks will agree once on what it takes."""
+        self._agreed = False
+
+    def abandon(self) -> None:
+        """The call ends in an error; tell the ranks that wait for this one."""
+        if not self._agreed:
+            self._agreed = True
+            self._source.abandon()
+
+    def end(self) -> None:
+        """The call has ended; the module no longer runs."""
+        self.weights = {}
+
+    def ready(self, *, whole: bool = False) -> PlanRunner | None:
         """A runner whose prepared tensors belong to the weights as they are now.
+
+        Args:
+            whole: This call runs the module itself. :attr:`weights` are all of them then, until
+                :meth:`end`.
 
         Returns:
             ``None`` where the model cannot be captured; :attr:`failure` says why.
 
         Raises:
             StrictError: under ``strict=True``, where a layer or the model is not rewritten.
+            HybridError: where another rank raised, or has another model.
         """
         # A caller's autocast must enter neither the graphs nor what is prepared from the weights.
         with torch.no_grad(), torch.autocast(self._device().type, enabled=False):
-            self._follow()
+            self._follow(whole)
         if reason := self.failure or self._unmatched:
             self._refuse_if_strict(reason)
         return self.runner
 
-    def _follow(self) -> None:
-        """Bring plan and prepared tensors up to the model as it stands."""
-        stamp = structure_stamp(self._model)
+    def read(self) -> None:
+        """Find the plan of the model as it stands, in this process alone; prepare nothing."""
+        stamp = self._source.stamp()
         if stamp != self._stamp:
             self._stamp = None  # until all of it went well
             self._read_structure()
             self._stamp = stamp
+
+    def _follow(self, whole: bool) -> None:
+        """Bring plan and prepared tensors up to the model as it stands."""
+        if whole and self._agreed:
+            raise HybridError(
+                "this call left the rewritten graphs after all ranks had agreed that it runs on "
+                "them; call it without the option that does, or under ZeRO stage 2"
+            )
+        self.read()
         version = self._tracker.refresh()
-        if not self.failure and version != self._prepared_version:
-            self._prepare()
+        stale = not self.failure and version != self._prepared_version
+        wanted = Ask(
+            prepare=stale,
+            prove=stale and self._proven is not self.runner,
+            whole=whole or bool(self.failure),
+        )
+        self._agreed = True
+        agreed = self._source.agree(wanted, self._contract())
+        if not self.failure and (agreed.prepare or agreed.prove):
+            self._prepare(agreed.prove)
             self._prepared_version = version
+        if self._source.sharded and (agreed.whole or self.failure):
+            self.weights = self._source.whole(self._stats.timer)
+
+    def _contract(self) -> str:
+        """What decides which weights are gathered and in which order."""
+        if self._folding is None:
+            return ""
+        return self._folding.plan.sources["prepare"] + repr(self._folding.plan.manifest.weights)
 
     def _refuse_if_strict(self, reason: str) -> None:
         if self._config.strict:
@@ -115,21 +145,21 @@ class ModelGraphs:
 
     def _read_structure(self) -> None:
         """Find the plan of the model as it stands now."""
-        digest = StructureKey.of(self._model, self._config).digest()
+        digest = self._plans.read()
         self._prepared_version = None
         moved = self.runner is not None and self.runner.device != self._device()
         if digest == self._digest and not self.failure and not moved:
             return
         self._digest, self.failure, self._unmatched = "", "", ""
-        self._canonical, self._distrusted, self._built = None, False, set()
-        self._load(digest)
+        self._plans.select(digest)
+        self._load()
         self._digest = digest
 
-    def _load(self, digest: str) -> None:
-        """A runner for the plan of ``digest``, nothing prepared yet."""
+    def _load(self) -> None:
+        """A runner for the plan that folds, nothing prepared yet."""
         self._drop()
         try:
-            plan = self._plan(digest, frozenset())
+            plan = self._plans.plan()
             self._folding = self.runner = self._make_runner(plan)
         except _NO_MEMORY:
             raise
@@ -149,48 +179,6 @@ class ModelGraphs:
             "%s runs as transformers' module: %s", type(self._model).__name__, self.failure
         )
 
-    def _plan(self, digest: str, side: frozenset[str]) -> Plan:
-        """From memory, from the disk, or built from a capture."""
-        name = digest
-        if side:
-            name = hashlib.sha256(f"{digest} {sorted(side)}".encode()).hexdigest()
-        assumed = assumptions()
-        hits = self._cache.hits_memory
-        plan = None if self._distrusted and name not in self._built else self._cache.get(name)
-        if plan is not None and not plan.manifest.broken_guards(assumed):
-            memory = self._cache.hits_memory > hits
-            self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
-            self._stored = name not in self._built
-            return plan
-        canonical = self._canonical_graph()
-        plan = build_plan(
-            canonical,
-            model=type(causal_lm(self._model)).__name__,
-            vocab_size=self._vocabulary(),
-            guards=assumed,
-            side=side,
-            fusions=self._config.fusions,
-            passes=self._passes,
-            policies=self._policies,
-            before=self._normalized,
-        )
-        self._cache.put(name, plan)
-        self._stored = False
-        self._built.add(name)
-        return plan
-
-    def _canonical_graph(self) -> fx.Graph:
-        if self._canonical is None:
-            captured = capture(self._model)
-            self._stats.count("captures")
-            self._normalized = run_passes(captured.graph, NORMALIZE, Context())
-            self._canonical = captured.graph
-        return self._canonical
-
-    def _vocabulary(self) -> int:
-        table = causal_lm(self._model).get_input_embeddings()
-        return int(table.weight.shape[0])
-
     def _make_runner(self, plan: Plan) -> PlanRunner:
         return PlanRunner(
             plan,
@@ -199,6 +187,7 @@ class ModelGraphs:
             limit=self._limit(),
             max_out_tokens=self._config.max_out_tokens,
             timer=self._stats.timer,
+            gather=self._source.gather,
         )
 
     def _device(self) -> torch.device:
@@ -208,36 +197,35 @@ class ModelGraphs:
         return position_limit(causal_lm(self._model).config)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every parameter and buffer by qualified name, as they are now."""
-        model = self._model
-        found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        found |= dict(model.named_buffers(remove_duplicate=False))
-        return found
+        """What holds each parameter and buffer in this process, by qualified name."""
+        return self._source.tensors()
 
-    def _prepare(self) -> None:
+    def _prepare(self, prove: bool) -> None:
         """Run the prepare graph on the weights as they are; choose where LoRA folds first."""
         with self._stats.timer("prepare"):
-            tensors = self.tensors()
-            wrong = self._prepare_proven(tensors)
-            if wrong is not None and self._stored:
+            tensors = self._source.whole(self._stats.timer) if prove else self.tensors()
+            wrong = self._prepare_proven(tensors, prove)
+            if wrong is not None and self._plans.stored:
                 warnings.warn(
                     f"hybrid_fx: the stored plan of {type(self._model).__name__} is not used "
                     f"({said(wrong)}); the model is captured again and the file replaced",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-                self._distrusted = True
-                self._load(self._digest)
-                wrong = None if self.failure else self._prepare_proven(tensors)
+                self._plans.distrust()
+                self._load()
+                wrong = None if self.failure else self._prepare_proven(tensors, prove)
             if wrong is not None:
                 self._fail("the rewritten graphs do not reproduce it", wrong)
 
-    def _prepare_proven(self, tensors: dict[str, Tensor]) -> object:
+    def _prepare_proven(self, tensors: dict[str, Tensor], prove: bool) -> object:
         """Prepare; at a plan's first use, prove it before. Returns what is wrong with it."""
         try:
             self._choose_side(tensors)
             assert self.runner is not None
             if self._proven is not self.runner:
+                # A choice of sides that was not made before is proven on all ranks, or on none.
+                tensors = tensors if prove else self._source.whole(self._stats.timer)
                 verdict = self._compare(tensors)
                 if verdict.difference:
                     return verdict.difference
@@ -260,7 +248,7 @@ class ModelGraphs:
         side = frozenset(site for site, error in errors.items() if error >= FOLD_LIMIT)
         if side != self._side:
             old = self.runner
-            new = self._make_runner(self._plan(self._digest, side)) if side else self._folding
+            new = self._make_runner(self._plans.plan(side)) if side else self._folding
             old.release()
             self.runner, self._side = new, side
         self.errors = errors
@@ -271,14 +259,14 @@ class ModelGraphs:
         changed = telling(tensors, [weight.name for weight in self.runner.plan.manifest.weights])
         weights = tensors | changed
         self.runner.prepare(weights)
+        if self._plans.canonical is None:
+            # A sharded parameter holds nothing itself: all of them are given.
+            given = weights if self._source.sharded else changed
+            reference = by_module(self._source.runnable(), given)
+        else:
+            reference = by_graph(self._plans.canonical, weights)
         try:
-            return probe(
-                self.runner,
-                by_module(self._model, changed)
-                if self._canonical is None
-                else by_graph(self._canonical, weights),
-                self._limit(),
-            )
+            return probe(self.runner, reference, self._limit())
         finally:
             self.runner.workspace.release()
 
@@ -295,6 +283,7 @@ class ModelGraphs:
         for runner in (self.runner, self._folding):
             if runner is not None:
                 runner.release()
+        self._source.release()
         self._prepared_version = None
 
     def _drop(self) -> None:

@@ -14,7 +14,12 @@ from .engine import HybridEngine
 from .switch import engine_of
 
 
-def _check(model: object) -> nn.Module:
+def check_generates(model: object) -> nn.Module:
+    """Refuse what cannot generate.
+
+    Raises:
+        InputError: saying what to pass instead.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(
             f"hybridize got a {type(model).__name__}; pass the model itself, a transformers causal "
@@ -56,7 +61,7 @@ def hybridize(
         ConfigError: for an unknown option, passes or policies that do not fit together, or where
             the model has an engine with other options.
     """
-    checked = _check(model)
+    checked = check_generates(model)
     options = make_config(config, overrides)
     present = engine_of(checked)
     if present is None:

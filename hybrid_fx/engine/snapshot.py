@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..cache.adapters import AdapterState, adapter_state
-from ..cache.tree import walk
+from ..cache.tree import View, walk
 
 _PLAIN = (nn.Parameter, Tensor)
 # In the order of a record's facts; "storage" is compared by address, which the record's
@@ -110,7 +110,9 @@ def _record(tensor: Tensor, facts: tuple[Any, ...]) -> _Record:
     return _Record(storage, facts)
 
 
-def look(model: nn.Module, before: Snapshot | None) -> tuple[Snapshot, dict[str, Tensor]]:
+def look(
+    model: nn.Module, before: Snapshot | None, view: View
+) -> tuple[Snapshot, dict[str, Tensor]]:
     """Look at ``model`` now. Records that still hold are taken over from ``before``.
 
     Returns:
@@ -123,7 +125,7 @@ def look(model: nn.Module, before: Snapshot | None) -> tuple[Snapshot, dict[str,
     seen: set[int] = set()
     for path, module in walk(model):
         for own, outer in own_tensors(module):
-            for name, tensor in leaves(path + own, outer):
+            for name, tensor in leaves(*view.held(path + own, outer)):
                 facts, old = _facts(tensor), known.get(name)
                 same = old is not None and old.facts == facts
                 now.tensors[name] = old if same and old else _record(tensor, facts)
@@ -177,13 +179,13 @@ def first_change(old: Snapshot, new: Snapshot) -> str | None:
     return None
 
 
-def is_tensor_of(model: nn.Module, ids: set[int], storages: set[int]) -> bool:
+def is_tensor_of(model: nn.Module, ids: set[int], storages: set[int], view: View) -> bool:
     """Whether any tensor of ``model`` is among ``ids``, or lies in one of ``storages``."""
     for _, module in walk(model):
         for name, outer in own_tensors(module):
             if id(outer) in ids:
                 return True
-            for _, tensor in leaves(name, outer):
+            for _, tensor in leaves(*view.held(name, outer)):
                 if storage_address(tensor) in storages:
                     return True
     return False

@@ -17,10 +17,15 @@ class GenerateSwitch:
 
     A deep copy or a pickle of the model must not carry the engine along: there, the switch turns
     into the plain method of the copy.
+
+    Attributes:
+        engine: Where the calls go.
+        shadowed: What stood there on the instance before, or None.
     """
 
     def __init__(self, engine: HybridEngine, model: nn.Module) -> None:
         self.engine = engine
+        self.shadowed = vars(model).get("generate")
         self._model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from ..cache.tree import View
 from .checksum import checksums
 from .snapshot import (
     Snapshot,
@@ -55,12 +56,19 @@ class WeightTracker:
     reason: str
     on_step: Callable[[], None] | None
 
-    def __init__(self, model: nn.Module, *, verify: Literal["off", "checksum"] = "off") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        verify: Literal["off", "checksum"] = "off",
+        view: View | None = None,
+    ) -> None:
         if verify not in ("off", "checksum"):
             raise ValueError(f"verify={verify!r} is not known; use 'off' or 'checksum'")
         self.reason = ""
         self.on_step = None
         self._model = model
+        self._view = view or View()
         self._verify = verify
         self._version = 0
         self._told = True
@@ -74,6 +82,11 @@ class WeightTracker:
     def version(self) -> int:
         """The version as of the last refresh or mark. Starts at 0."""
         self._told = True
+        return self._version
+
+    @property
+    def raised(self) -> int:
+        """How often the version rose; asking tells nobody of it."""
         return self._version
 
     def mark(self, reason: str) -> None:
@@ -96,7 +109,7 @@ class WeightTracker:
         self._unhook()
 
     def _look(self, before: Snapshot | None) -> Snapshot:
-        now, tensors = look(self._model, before)
+        now, tensors = look(self._model, before, self._view)
         to_read = tensors if self._verify == "checksum" else uncounted(now, tensors)
         to_read = {name: tensor for name, tensor in to_read.items() if is_readable(tensor)}
         if to_read:
@@ -106,7 +119,7 @@ class WeightTracker:
     def _after_step(self, optimizer: Optimizer) -> None:
         updated = [t for outer in tensors_of(optimizer) for _, t in leaves("", outer)]
         storages = {address for t in updated if (address := storage_address(t)) is not None}
-        if is_tensor_of(self._model, {id(t) for t in updated}, storages):
+        if is_tensor_of(self._model, {id(t) for t in updated}, storages, self._view):
             self.mark(f"{type(optimizer).__name__}.step()")
             if self.on_step is not None:
                 self.on_step()

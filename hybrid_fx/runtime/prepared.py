@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
 from ..plan.plan import Prepared
 
 
+class Gather(Protocol):
+    """The ``gather`` operator of one runner, where weights are sharded."""
+
+    def begin(
+        self, weights: Sequence[Tensor], timer: Callable[[str], AbstractContextManager[Any]]
+    ) -> None:
+        """A function begins to run on ``weights``; it gathers them in about this order."""
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The whole of a shard, in memory of its own; a weight that is whole as it is."""
+
+    def end(self) -> None:
+        """The function has run; drop what was gathered and not asked for."""
+
+    def lent(self, tensor: Tensor) -> bool:
+        """Whether the memory is the model's, so that it is neither kept nor refilled."""
+
+
 class PreparedTensors:
     """The list that prefill and decode take; its memory is refilled from version to version.
 
     A tensor with memory of its own is copied into what the last version left, so that memory is
-    not returned and faulted in again; a weight or a view of one is taken as it is.
+    not returned and faulted in again; a weight or a view of one is taken as it is. What was
+    gathered is never a weight.
     """
 
-    def __init__(self, wanted: tuple[Prepared, ...]) -> None:
+    def __init__(self, wanted: tuple[Prepared, ...], gather: Gather | None = None) -> None:
         self._wanted = wanted
+        self._gather = gather
         self.tensors: list[Tensor] = []
         self._kept: list[Tensor | None] = [None] * len(wanted)
         self._next: list[Tensor | None] = []
@@ -24,7 +48,8 @@ class PreparedTensors:
     @property
     def nbytes(self) -> int:
         """Bytes held beside the model's own weights."""
-        return sum(t.untyped_storage().nbytes() for t in self._kept if t is not None)
+        kept = (tensor.untyped_storage() for tensor in self._kept if tensor is not None)
+        return sum({storage._cdata: storage.nbytes() for storage in kept}.values())
 
     def begin(self) -> None:
         """Start a new version: nothing is valid until every tensor was stored."""
@@ -34,7 +59,7 @@ class PreparedTensors:
     def store(self, index: int, value: Tensor) -> None:
         """Take tensor ``index`` of the new version."""
         value = value.detach()
-        if self._wanted[index].owns_memory:
+        if self._owned(index, value):
             kept = self._kept[index]
             fits = (
                 kept is not None
@@ -47,6 +72,11 @@ class PreparedTensors:
                 value = kept.copy_(value)
             self._kept[index] = value
         self._next[index] = value
+
+    def _owned(self, index: int, value: Tensor) -> bool:
+        if self._gather is None:
+            return self._wanted[index].owns_memory
+        return not self._gather.lent(value)
 
     def finish(self) -> None:
         """The new version is whole."""

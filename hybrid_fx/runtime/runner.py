@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from ..passes.layers import layer_of
 from ..passes.operators import OPERATORS
 from ..plan.plan import Plan, load_functions
 from .lowering import Lowering, is_weight
-from .prepared import Measured, PreparedTensors
+from .prepared import Gather, Measured, PreparedTensors
 from .session import PlanSession, Timer
 from .workspace import Workspace
 
@@ -30,6 +32,7 @@ class PlanRunner:
         max_out_tokens: Positions a row to reserve at least.
         timer: Opens the spans in which sessions count prefill and decode.
         group: Of the ranks that compute the model together, for a plan of several.
+        gather: Makes sharded weights whole; ``None`` where all are.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class PlanRunner:
         max_out_tokens: int | None = None,
         timer: Timer,
         group: Group | None = None,
+        gather: Gather | None = None,
     ) -> None:
         if (plan.manifest.ranks > 1) != (group is not None):
             raise InputError(
@@ -54,8 +58,12 @@ class PlanRunner:
         self._limit = limit
         self._presize = max_out_tokens or 0
         self._timer = timer
+        self._gather = gather
+        table: dict[str, Callable[..., Any]] = dict(OPERATORS)
+        if gather is not None:
+            table["gather"] = gather
         self._functions = {
-            stage: load_functions(source, OPERATORS, name=stage)
+            stage: load_functions(source, table, name=stage)
             for stage, source in plan.sources.items()
         }
         self._lowered = lower is not None
@@ -65,7 +73,7 @@ class PlanRunner:
                     if name != stage:
                         function.__globals__[name] = lower(function)
         self.workspace = Workspace(plan.manifest.kv, device)
-        self.prepared = PreparedTensors(plan.manifest.prepared)
+        self.prepared = PreparedTensors(plan.manifest.prepared, gather)
         self._open: PlanSession | None = None
         #: Whether embeddings may stand in for ids; None: not yet held against the module.
         self.takes_embeds: bool | None = None if plan.manifest.embeds else False
@@ -81,7 +89,7 @@ class PlanRunner:
         kept: dict[str, int] = {}
         folded = 0
         for tensor in self.plan.manifest.prepared:
-            if tensor.owns_memory:
+            if tensor.owns_memory or self._gather is not None:
                 count = math.prod(tensor.shape)
                 layer = layer_of(tensor.name) or tensor.name
                 size = count * getattr(torch, tensor.dtype).itemsize
@@ -101,14 +109,24 @@ class PlanRunner:
         )
         return 4 * max(sizes, default=0)
 
-    def _weights(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [tensors[weight.name] for weight in self.plan.manifest.weights]
+    @contextmanager
+    def _weights(self, tensors: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
+        """The arguments of the prepare graph, while it runs."""
+        weights = [tensors[weight.name] for weight in self.plan.manifest.weights]
+        if self._gather is None:
+            yield weights
+            return
+        self._gather.begin(weights, self._timer)
+        try:
+            yield weights
+        finally:
+            self._gather.end()
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Make the prepared tensors of the current weights, given by qualified name."""
         self.prepared.begin()
-        with torch.no_grad():
-            self._functions["prepare"]["prepare"](self._weights(tensors), self.prepared)
+        with torch.no_grad(), self._weights(tensors) as weights:
+            self._functions["prepare"]["prepare"](weights, self.prepared)
         self.prepared.finish()
         if self._lowered:
             for tensor in self.prepared.tensors:
@@ -120,8 +138,8 @@ class PlanRunner:
         if not sites:
             return {}
         measured = Measured()
-        with torch.no_grad():
-            self._functions["prepare"]["measure"](self._weights(tensors), measured)
+        with torch.no_grad(), self._weights(tensors) as weights:
+            self._functions["prepare"]["measure"](weights, measured)
         worst: dict[str, float] = {}
         for site, error in zip(sites, measured.floats(len(sites)), strict=True):
             worst[site] = max(worst.get(site, 0.0), error)

@@ -11,6 +11,7 @@ from generate.hf_runner import HFRunner
 
 from hybrid_fx.config import HybridConfig
 from hybrid_fx.engine.graphs import ModelGraphs
+from hybrid_fx.engine.source import Source
 from hybrid_fx.engine.stats import Stats
 from hybrid_fx.engine.versions import WeightTracker
 
@@ -24,7 +25,7 @@ NO_PLAN = {
 def plan_runner(model: Any) -> Any:
     """The real runtime: the graphs of a plan, ready before any test counts or patches."""
     tracker, stats = WeightTracker(model), Stats()
-    graphs = ModelGraphs(model, HybridConfig(), stats, tracker)
+    graphs = ModelGraphs(Source(model), HybridConfig(), stats, tracker)
     runner = graphs.ready()
     tracker.close()
     if runner is None:

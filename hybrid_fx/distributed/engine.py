@@ -1,0 +1,121 @@
+"""The engine's class: a DeepSpeedEngine that trains as it is and generates from rewritten graphs.
+
+Take an initialised engine over with :func:`attach`; its class changes, the object stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import HybridConfig
+from ..engine.engine import HybridEngine
+from .seam import DeepSpeedEngine, free_gathered, is_sharded, share_rng_state
+from .source import ShardedSource, WrappedSource
+
+
+class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc]
+    """A ``DeepSpeedEngine`` with the generating of a :class:`~hybrid_fx.HybridEngine`.
+
+    Forward, backward, step, checkpoints and attributes are DeepSpeed's. Under ZeRO-3
+    :meth:`generate` is collective at its beginning: every rank calls it equally often; lengths and
+    early stops may differ.
+    """
+
+    __call__ = DeepSpeedEngine.__call__
+    __getattr__ = DeepSpeedEngine.__getattr__
+    __deepcopy__ = None  # type: ignore[assignment]
+    __repr__ = DeepSpeedEngine.__repr__
+    forward = DeepSpeedEngine.forward
+
+    @property
+    def options(self) -> HybridConfig:
+        """The options of generating; ``config`` is DeepSpeed's."""
+        return self._options
+
+    def train(self, mode: bool = True) -> DeepSpeedHybridEngine:
+        """As of a :class:`HybridEngine`."""
+        if not mode:
+            return self.eval()
+        DeepSpeedEngine.train(self)
+        self._begin_training()
+        return self
+
+    def eval(self) -> DeepSpeedHybridEngine:
+        """As of a :class:`HybridEngine`; under ZeRO-3 also frees what DeepSpeed keeps gathered."""
+        DeepSpeedEngine.eval(self)
+        if self._source.sharded:
+            free_gathered(self)
+        self._begin_generating()
+        return self
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a :class:`HybridEngine`. ``synced_gpus`` is accepted: decoding is not collective.
+
+        Under ZeRO-3 a call whose arguments are refused on one rank raises on all of them.
+        """
+        # Left to itself, transformers keeps the ranks of ZeRO-3 in step at each token.
+        if len(args) > _BEFORE_SYNCED:
+            args = (*args[:_BEFORE_SYNCED], False, *args[_BEFORE_SYNCED + 1 :])
+        elif self._source.sharded or "synced_gpus" in kwargs:
+            kwargs["synced_gpus"] = False
+        return super().generate(*args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's step. Where it changed the weights, they have another version.
+
+        Between the boundaries of gradient accumulation, and on overflow, it did not.
+        """
+        before = self._tracker.raised
+        DeepSpeedEngine.step(self, *args, **kwargs)
+        if self.was_step_applied() and self._tracker.raised == before:
+            self._tracker.mark("DeepSpeedEngine.step()")
+            self._after_step()
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's; the weights have another version afterwards."""
+        try:
+            return DeepSpeedEngine.load_checkpoint(self, *args, **kwargs)
+        finally:
+            self._tracker.mark("load_checkpoint()")
+
+    def fuse_lora_weight(self) -> None:
+        """Does nothing: adapters are folded into prepared weights, never into the model's."""
+
+    def unfuse_lora_weight(self) -> None:
+        """Does nothing, see :meth:`fuse_lora_weight`."""
+
+    def close(self) -> None:
+        """As of a :class:`HybridEngine`; what is left is the DeepSpeedEngine of before."""
+        super().close()
+        self.__class__ = self._plain_class
+        for name in self._added:
+            self.__dict__.pop(name, None)
+
+
+#: Arguments of transformers' generate before ``synced_gpus``.
+_BEFORE_SYNCED = 5
+
+
+def attach(engine: Any, options: HybridConfig) -> DeepSpeedHybridEngine:
+    """Give an initialised DeepSpeedEngine the generating of a hybrid engine. Collective.
+
+    Every rank takes over the random state of rank 0, as under DeepSpeed's hybrid engine.
+    """
+    sharded = any(is_sharded(parameter) for parameter in engine.module.parameters())
+    source = ShardedSource(engine.module) if sharded else WrappedSource(engine.module)
+    plain = type(engine)
+    kind: type = DeepSpeedHybridEngine
+    if plain is not DeepSpeedEngine:
+        kind = type(f"Hybrid{plain.__name__}", (DeepSpeedHybridEngine, plain), {})
+    before = set(vars(engine))
+    share_rng_state()
+    engine.__class__ = kind
+    try:
+        engine._begin(source, options)
+    except BaseException:
+        engine.__class__ = plain
+        raise
+    engine._plain_class, engine._added = plain, ()
+    engine._added = tuple(set(vars(engine)) - before)
+    hybrid: DeepSpeedHybridEngine = engine
+    return hybrid

@@ -1,0 +1,149 @@
+"""Making sharded weights whole: a few large collectives, in an order that is the same on all ranks.
+
+A weight of n elements lies over W ranks as W equal 1-D shards, the last ones padded. Shards of
+several weights are put end to end, gathered by one ``all_gather_into_tensor`` into [W, sum], and
+cut apart again. The shards themselves are only read. Shape legend: W ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Timer = Callable[[str], AbstractContextManager[Any]]
+
+#: Bytes of whole weights that one collective makes, unless a single weight is larger.
+BUCKET_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a weight.
+
+    Attributes:
+        part: The elements, padded: 1-D, of the same size on every rank.
+        shape: Of the whole weight.
+        device: Where the whole weight belongs; the part may be elsewhere.
+        group: The process group it is sharded over.
+    """
+
+    part: Tensor
+    shape: torch.Size
+    device: torch.device
+    group: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole weight."""
+        return math.prod(self.shape) * self.part.element_size()
+
+
+def _kind(shard: Shard) -> tuple[Any, ...]:
+    return id(shard.group), shard.part.dtype, shard.device
+
+
+def buckets(shards: Sequence[Shard], limit: int = BUCKET_BYTES) -> Iterator[list[Shard]]:
+    """Cut ``shards`` into runs of one collective each: one group, dtype and device, near ``limit``.
+
+    The order is kept within a kind; kinds follow each other as their first members stand.
+    """
+    kinds: dict[tuple[Any, ...], list[Shard]] = {}
+    for shard in shards:
+        kinds.setdefault(_kind(shard), []).append(shard)
+    for members in kinds.values():
+        bucket: list[Shard] = []
+        size = 0
+        for shard in members:
+            if bucket and size + shard.nbytes > limit:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(shard)
+            size += shard.nbytes
+        yield bucket
+
+
+def gather(bucket: Sequence[Shard]) -> list[Tensor]:
+    """The whole weights of one bucket, each contiguous and in memory of its own. Collective."""
+    first = bucket[0]
+    ranks = dist.get_world_size(first.group)
+    sizes = [shard.part.numel() for shard in bucket]
+    mine = torch.cat([shard.part.detach().reshape(-1).to(first.device) for shard in bucket])
+    if ranks == 1:
+        rows = mine[None]
+    else:
+        rows = mine.new_empty(ranks * mine.numel())
+        dist.all_gather_into_tensor(rows, mine, group=first.group)
+        rows = rows.view(ranks, -1)
+    whole = []
+    for shard, columns in zip(bucket, torch.split(rows, sizes, 1), strict=True):
+        flat = columns.new_empty(ranks * columns.shape[1])
+        flat.view(ranks, -1).copy_(columns)
+        whole.append(flat[: math.prod(shard.shape)].view(shard.shape))
+    return whole
+
+
+class ShardGather:
+    """The ``gather`` operator of sharded weights.
+
+    A bucket is gathered when the first of its weights is asked for; a whole weight is handed over
+    once and not kept.
+
+    Args:
+        find: The shards by the identity of their parts, as they are now.
+        lent: The addresses of the model's own storages, as they are now.
+        limit: See :data:`BUCKET_BYTES`.
+
+    Attributes:
+        collectives: How many were issued so far.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[], Mapping[int, Shard]],
+        lent: Callable[[], frozenset[int]],
+        limit: int = BUCKET_BYTES,
+    ) -> None:
+        self._find = find
+        self._limit = limit
+        self._find_lent = lent
+        self._lent: frozenset[int] = frozenset()
+        self.collectives = 0
+        self._bucket_of: dict[int, list[Shard]] = {}
+        self._whole: dict[int, Tensor] = {}
+        self._timer: Timer | None = None
+
+    def begin(self, weights: Sequence[Tensor], timer: Timer) -> None:
+        """See :class:`~hybrid_fx.runtime.prepared.Gather`."""
+        known = self._find()
+        wanted = {id(weight): known[id(weight)] for weight in weights if id(weight) in known}
+        self._timer, self._lent = timer, self._find_lent()
+        for bucket in buckets(list(wanted.values()), self._limit):
+            self._bucket_of |= dict.fromkeys((id(shard.part) for shard in bucket), bucket)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """See :class:`~hybrid_fx.runtime.prepared.Gather`."""
+        bucket = self._bucket_of.get(id(weight))
+        if bucket is None:
+            return weight
+        if id(weight) not in self._whole:
+            assert self._timer is not None
+            with self._timer("gather"):
+                made = gather(bucket)
+            self.collectives += 1
+            self._whole |= {id(s.part): whole for s, whole in zip(bucket, made, strict=True)}
+        return self._whole.pop(id(weight))
+
+    def end(self) -> None:
+        """See :class:`~hybrid_fx.runtime.prepared.Gather`."""
+        self._bucket_of, self._whole, self._timer = {}, {}, None
+
+    def lent(self, tensor: Tensor) -> bool:
+        """See :class:`~hybrid_fx.runtime.prepared.Gather`."""
+        return tensor.untyped_storage()._cdata in self._lent

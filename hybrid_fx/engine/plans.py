@@ -1,0 +1,105 @@
+"""The plan of a model's structure: from memory, from the disk, or built from a capture."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import fx
+
+from ..cache.disk import default_directory
+from ..cache.key import StructureKey
+from ..cache.plan_cache import PlanCache
+from ..capture import assumptions, capture
+from ..config import HybridConfig
+from ..generate import causal_lm
+from ..passes.contract import Context
+from ..passes.driver import PassRecord, run_passes
+from ..passes.operators import OPERATORS
+from ..passes.pipeline import NORMALIZE
+from ..plan.build import build_plan
+from ..plan.choice import optional_passes, policies
+from ..plan.plan import Plan
+from .source import Source
+from .stats import Stats
+
+
+class Plans:
+    """Finds the plans of one model, of one structure at a time.
+
+    Attributes:
+        digest: Of the structure's key; "" before the first :meth:`select`.
+        canonical: The captured graph, where it was needed.
+        stored: Whether the latest plan was made by another process.
+    """
+
+    def __init__(self, source: Source, config: HybridConfig, stats: Stats) -> None:
+        self._source = source
+        self._config = config
+        self._stats = stats
+        self._passes, self._policies = optional_passes(config), policies(config)
+        directory = None
+        if config.disk_cache:
+            directory = Path(config.cache_dir) if config.cache_dir else default_directory()
+        self._cache = PlanCache(directory, operator_names=OPERATORS.keys())
+        self.digest = ""
+        self.canonical: fx.Graph | None = None
+        self.stored = False
+        self._normalized: tuple[PassRecord, ...] = ()
+        self._distrusted = False
+        self._built: set[str] = set()
+
+    def read(self) -> str:
+        """The digest of the structure as it stands."""
+        return StructureKey.of(self._source.structure(), self._config).digest()
+
+    def select(self, digest: str) -> None:
+        """Plans are of the structure ``digest`` from now on."""
+        self.digest = digest
+        self.canonical, self._distrusted, self._built = None, False, set()
+
+    def distrust(self) -> None:
+        """Use no plan any more that another process made."""
+        self._distrusted = True
+
+    def plan(self, side: frozenset[str] = frozenset()) -> Plan:
+        """The plan in which the adapted modules ``side`` keep their LoRA as a branch."""
+        name = self.digest
+        if side:
+            name = hashlib.sha256(f"{name} {sorted(side)}".encode()).hexdigest()
+        assumed = assumptions()
+        hits = self._cache.hits_memory
+        plan = None if self._distrusted and name not in self._built else self._cache.get(name)
+        if plan is not None and not plan.manifest.broken_guards(assumed):
+            memory = self._cache.hits_memory > hits
+            self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
+            self.stored = name not in self._built
+            return plan
+        canonical = self._canonical_graph()
+        plan = build_plan(
+            canonical,
+            model=type(causal_lm(self._source.model)).__name__,
+            vocab_size=self._vocabulary(),
+            guards=assumed,
+            side=side,
+            fusions=self._config.fusions,
+            passes=self._passes,
+            policies=self._policies,
+            before=self._normalized,
+        )
+        self._cache.put(name, plan)
+        self.stored = False
+        self._built.add(name)
+        return plan
+
+    def _canonical_graph(self) -> fx.Graph:
+        if self.canonical is None:
+            captured = capture(self._source.structure())
+            self._stats.count("captures")
+            self._normalized = run_passes(captured.graph, NORMALIZE, Context())
+            self.canonical = captured.graph
+        return self.canonical
+
+    def _vocabulary(self) -> int:
+        table = causal_lm(self._source.model).get_input_embeddings()
+        return int(self._source.view.shape(table.weight)[0])

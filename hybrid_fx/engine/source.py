@@ -1,0 +1,88 @@
+"""A model as the engine sees it: how it is read, where its tensors are, what other ranks want."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..cache.stamp import Stamp, structure_stamp
+from ..cache.tree import View
+from ..runtime.prepared import Gather
+from ..runtime.session import Timer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What one rank wants of a generate, or what any of them wants.
+
+    Attributes:
+        prepare: Make the prepared tensors anew.
+        prove: Hold the plan against the model before, which takes all weights at once.
+        whole: Run the module itself, which takes all weights as long as it runs.
+    """
+
+    prepare: bool = False
+    prove: bool = False
+    whole: bool = False
+
+
+class Source:
+    """A model in one process, whole: the weights are its parameters.
+
+    Attributes:
+        model: What the user holds.
+        view: What of its modules is its own.
+        gather: Makes the arguments of a prepare graph whole; ``None`` where they are.
+        sharded: Whether no process has all of the weights, so that generating is collective.
+    """
+
+    view: View
+    gather: Gather | None
+    sharded: bool
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.view = View()
+        self.gather = None
+        self.sharded = False
+
+    def stamp(self) -> Stamp:
+        """See :func:`hybrid_fx.cache.stamp.structure_stamp`."""
+        return structure_stamp(self.model, view=self.view)
+
+    def structure(self) -> nn.Module:
+        """The module to read a key from and to trace; never run. Shapes are those of the whole."""
+        return self.model
+
+    def runnable(self) -> nn.Module:
+        """The module that transformers' generate is called on, for one call."""
+        return self.model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The arguments of a prepare graph: what holds each parameter and buffer, by its names."""
+        found: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        found |= dict(self.model.named_buffers(remove_duplicate=False))
+        return found
+
+    def whole(self, timer: Timer) -> dict[str, Tensor]:
+        """Every parameter and buffer whole, by its names. Collective where sharded."""
+        return self.tensors()
+
+    def fill(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Give ``model``, of :meth:`runnable`, the weights of :meth:`whole`, to run on."""
+
+    def agree(self, ask: Ask, contract: str) -> Ask:
+        """What any rank wants; ``contract`` is the text that must be the same on all of them.
+
+        Raises:
+            HybridError: where another rank called :meth:`abandon`, or has another contract.
+        """
+        return ask
+
+    def abandon(self) -> None:
+        """Say, in place of :meth:`agree`, that this rank raises an error."""
+
+    def release(self) -> None:
+        """Give back what is kept for the next gather."""

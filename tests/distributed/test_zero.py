@@ -1,0 +1,90 @@
+"""hybrid_fx.initialize under DeepSpeed's ZeRO stages, on two gloo processes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'hybrid_fx[deepspeed]'")
+pytest.importorskip("peft", reason="needs peft: pip install 'hybrid_fx[peft]'")
+
+import zero3_checks as sharded
+import zero_checks as any_stage
+from two_ranks import run
+from zero_checks import cell
+
+
+def test_whole_weights_generate_as_transformers_and_train_as_deepspeed(tmp_path: Path) -> None:
+    run(
+        cell(2),
+        cell(0, lora=True),
+        cell(1, bf16=True),
+        functools.partial(any_stage.it_is_an_engine_of_both_kinds, stage=1),
+        functools.partial(any_stage.an_engine_is_taken_over_and_given_back, stage=2),
+        any_stage.without_the_block_it_is_deepspeed,
+        functools.partial(any_stage.a_step_that_changes_nothing_prepares_nothing, stage=2),
+        functools.partial(any_stage.a_skipped_step_prepares_nothing, stage=2),
+        functools.partial(
+            any_stage.a_loaded_checkpoint_is_generated_from, stage=2, folder=str(tmp_path)
+        ),
+        functools.partial(any_stage.ranks_draw_the_same_random_numbers, stage=0),
+    )
+
+
+def test_sharded_weights_generate_as_transformers_and_train_as_deepspeed(tmp_path: Path) -> None:
+    run(
+        cell(3),
+        cell(3, lora=True, bf16=True),
+        functools.partial(any_stage.it_is_an_engine_of_both_kinds, stage=3),
+        functools.partial(any_stage.an_engine_is_taken_over_and_given_back, stage=3),
+        functools.partial(any_stage.a_step_that_changes_nothing_prepares_nothing, stage=3),
+        functools.partial(any_stage.a_skipped_step_prepares_nothing, stage=3),
+        functools.partial(
+            any_stage.a_loaded_checkpoint_is_generated_from, stage=3, folder=str(tmp_path)
+        ),
+        functools.partial(any_stage.ranks_draw_the_same_random_numbers, stage=3),
+    )
+
+
+def test_sharded_weights_are_gathered_beside_deepspeed() -> None:
+    run(
+        sharded.it_really_shards_and_gathers_in_few_collectives,
+        sharded.a_generate_leaves_deepspeed_as_it_was,
+        sharded.eval_frees_what_stays_gathered,
+        sharded.edits_of_gathered_parameters_are_followed,
+        sharded.an_edit_that_one_rank_sees_is_followed_by_all,
+        sharded.prepared_memory_is_used_again,
+        sharded.memory_is_given_back,
+        sharded.lengths_may_differ,
+        sharded.ranks_may_take_different_ways,
+        sharded.a_call_that_one_rank_refuses_raises_on_all,
+        sharded.a_model_built_in_shards_generates,
+        sharded.different_models_are_refused,
+        sharded.what_is_not_captured_generates_all_the_same,
+    )
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_stage_precision_and_adapter(world: int) -> None:
+    cells = itertools.product((0, 1, 2, 3), (False, True), (False, True))
+    run(*(cell(stage, lora=lora, bf16=bf16) for stage, lora, bf16 in cells), world=world)
+
+
+@pytest.mark.deep
+def test_offloading_defaults_and_accumulation() -> None:
+    cpu = {"device": "cpu"}
+    run(
+        cell(3, zero={}),
+        cell(3, lora=True, zero={}),
+        cell(3, zero_force_ds_cpu_optimizer=False, zero={"offload_optimizer": cpu}),
+        cell(
+            3,
+            zero_force_ds_cpu_optimizer=False,
+            zero={"offload_optimizer": cpu, "offload_param": cpu},
+        ),
+        cell(2, zero_force_ds_cpu_optimizer=False, zero={"offload_optimizer": cpu}),
+    )

@@ -1,0 +1,202 @@
+"""Claims about sharded weights, checked on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import call, ds_config, hf_tokens, make, start, train, weights
+from tiny_models import prompt
+
+from hybrid_fx.errors import HybridError, InputError
+
+
+def _status(engine: Any) -> list[Any]:
+    """What DeepSpeed keeps of each parameter and module."""
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    of_parameters = [
+        (p.ds_status, p.shape, p.ds_tensor.data_ptr(), sorted(p.ds_active_sub_modules))
+        for p in engine.module.parameters()
+    ]
+    of_modules = [
+        (list(m._forward_hooks), list(m._forward_pre_hooks), m._parameters._in_forward)
+        for m in engine.module.modules()
+    ]
+    trace = (coordinator.is_complete_trace(), coordinator.is_record_trace())
+    return [of_parameters, of_modules, trace]
+
+
+def it_really_shards_and_gathers_in_few_collectives(rank: int) -> None:
+    engine = start(ds_config(3), make(False))
+    for parameter in engine.module.parameters():
+        assert parameter.shape == (0,)
+        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // 2)
+    engine.generate(**call(rank))
+    train(engine, rank)
+    gather = engine._source.gather
+    before = gather.collectives
+    engine.generate(**call(rank))
+    assert gather.collectives == before + 1  # 20 parameters
+    gather._limit = 1 << 14
+    train(engine, rank)
+    expected = hf_tokens(weights(engine), False, call(rank))
+    before = gather.collectives
+    assert torch.equal(engine.generate(**call(rank)), expected)
+    assert 2 < gather.collectives - before < 12
+    assert engine.stats.seconds["gather"] > 0
+
+
+def a_generate_leaves_deepspeed_as_it_was(rank: int) -> None:
+    for zero in (None, {}):  # really sharded; as a tiny model is by default
+        engine = start(ds_config(3, zero=zero), make(False))
+        train(engine, rank)
+        before = _status(engine)
+        for changes in ({}, {"num_beams": 2}):
+            engine.generate(**call(rank, **changes))
+            assert _status(engine) == before
+        engine.module.generate(**_right_padded(rank))
+        assert _status(engine) == before
+        assert set(engine.module_state_dict()) == set(make(False).state_dict())
+
+
+def eval_frees_what_stays_gathered(rank: int) -> None:
+    engine = start(ds_config(3, zero={}), make(False))
+    train(engine, rank)
+    assert any(parameter.shape != (0,) for parameter in engine.module.parameters())
+    engine.eval()
+    assert all(parameter.shape == (0,) for parameter in engine.module.parameters())
+
+
+def edits_of_gathered_parameters_are_followed(rank: int) -> None:
+    import deepspeed
+
+    engine = start(ds_config(3), make(False))
+    first = engine.generate(**call(rank))
+    version = engine.weight_version
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        pass
+    engine.generate(**call(rank))
+    assert engine.weight_version == version
+    head = engine.module.lm_head.weight
+    with deepspeed.zero.GatheredParameters(head, modifier_rank=0):
+        if rank == 0:
+            head.data.neg_()
+    expected = hf_tokens(weights(engine), False, call(rank))
+    assert not torch.equal(expected, first)
+    assert torch.equal(engine.generate(**call(rank)), expected)
+    assert engine.stats.counters["prepares"] == 2
+
+
+def an_edit_that_one_rank_sees_is_followed_by_all(rank: int) -> None:
+    engine = start(ds_config(3), make(False))
+    engine.generate(**call(rank))
+    if rank == 1:
+        engine.module.lm_head.weight.ds_tensor.mul_(-1)
+    expected = hf_tokens(weights(engine), False, call(rank))
+    assert torch.equal(engine.generate(**call(rank)), expected)
+    assert engine.stats.counters["prepares"] == 2
+
+
+def _right_padded(rank: int) -> dict[str, Any]:
+    given = call(rank)
+    flipped = {name: given[name].flip(1) for name in ("input_ids", "attention_mask")}
+    return {**given, **flipped}
+
+
+def ranks_may_take_different_ways(rank: int) -> None:
+    engine = start(ds_config(3), make(False))
+    held = weights(engine)
+    ways = [call(0), _right_padded(1), call(0, num_beams=3), call(0, max_new_tokens=2)]
+    for first, second in ((0, 1), (2, 0), (3, 1), (1, 1)):
+        given = ways[second if rank else first]
+        assert torch.equal(engine.generate(**given), hf_tokens(held, False, given))
+    assert engine.stats.counters["prepares"] == 1
+
+
+def a_call_that_one_rank_refuses_raises_on_all(rank: int) -> None:
+    engine = start(ds_config(3), make(False))
+    good = call(rank)
+    bad = {**good, "input_ids": good["input_ids"] + 1000}
+    with pytest.raises(InputError if rank else HybridError, match="" if rank else "rank 1"):
+        engine.generate(**(bad if rank else good))
+    assert torch.equal(engine.generate(**good), hf_tokens(weights(engine), False, good))
+
+
+def different_models_are_refused(rank: int) -> None:
+    engine = start(ds_config(3), make(True))
+    if rank:
+        engine.module.base_model.disable_adapter_layers()
+    with pytest.raises(HybridError, match="models differ"):
+        engine.generate(**call(rank))
+
+
+def what_is_not_captured_generates_all_the_same(rank: int) -> None:
+    engine = start(ds_config(3), make(False))
+
+    def odd(module: Any, args: Any, output: Any) -> Any:
+        return output * (1.0 if float(output.sum()) == float(output.sum()) else 2.0)
+
+    engine.module.model.layers[0].mlp.register_forward_hook(odd)
+    expected = hf_tokens(weights(engine), False, call(rank))
+    assert torch.equal(engine.generate(**call(rank)), expected)
+    assert engine.stats.counters["hf_forwards"] > 0
+    assert "not captured" in str(engine.stats.fallbacks)
+
+
+def a_model_built_in_shards_generates(rank: int) -> None:
+    import transformers
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    config = ds_config(3)
+    shape = make(False).config
+    alive = HfDeepSpeedConfig(config)  # transformers builds under deepspeed.zero.Init now
+    try:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(shape)
+        assert alive.is_zero3()
+        assert all(parameter.shape == (0,) for parameter in model.parameters())
+        engine = start(config, model)
+        _is_hf_over_steps(engine, rank)
+    finally:
+        unset_hf_deepspeed_config()
+
+
+def _is_hf_over_steps(engine: Any, rank: int) -> None:
+    for seed in range(2):
+        expected = hf_tokens(weights(engine), False, call(rank))
+        assert torch.equal(engine.generate(**call(rank)), expected)
+        train(engine, rank, seed)
+
+
+def memory_is_given_back(rank: int) -> None:
+    config = ds_config(3)
+    config["hybrid_engine"]["release_inference_cache"] = True
+    engine = start(config, make(False))
+    expected = hf_tokens(weights(engine), False, call(rank))
+    for _ in range(2):
+        assert torch.equal(engine.generate(**call(rank)), expected)
+        runner = engine._graphs.runner
+        assert runner.prepared.nbytes == runner.workspace.nbytes == 0
+        assert engine._graphs.weights == {}
+
+
+def prepared_memory_is_used_again(rank: int) -> None:
+    engine = start(ds_config(3), make(False))
+    engine.generate(**call(rank))
+    addresses = [t.data_ptr() for t in engine._graphs.runner.prepared.tensors]
+    train(engine, rank)
+    engine.generate(**call(rank))
+    assert [t.data_ptr() for t in engine._graphs.runner.prepared.tensors] == addresses
+    whole = sum(p.ds_numel for p in engine.module.parameters()) * 4
+    assert whole <= engine._graphs.runner.prepared.nbytes < 1.3 * whole
+
+
+def lengths_may_differ(rank: int) -> None:
+    engine = start(ds_config(3), make(False))
+    held = weights(engine)
+    for turn in range(2):
+        rows = [[5, 3], [2]][(rank + turn) % 2]
+        given = {**prompt(rows, seed=turn), "max_new_tokens": 3 + 5 * rank, "do_sample": False}
+        assert torch.equal(engine.generate(**given), hf_tokens(held, False, given))
