@@ -14,7 +14,7 @@ from typing import Any
 from ..config import HybridConfig, make_config
 from ..errors import ConfigError, HybridError, InputError
 from .block import OPTIONS, HybridBlock, options_of
-from .refusals import Setup, check_engine, check_model, check_setup
+from .refusals import Setup, check_engine, check_model, check_options, check_setup
 
 
 def _need_deepspeed() -> None:
@@ -84,6 +84,7 @@ def initialize(
     if not block.enabled:
         return seam.plain_initialize(**arguments)
     options = options_of(settings, block)
+    check_options(options)
     check_setup(Setup(config=settings, block=block, mpu=mpu, mesh=mesh_param))
     check_model(model, pipeline=seam.is_pipeline(model), experts=seam.has_experts(model))
     _check_generates(model)
@@ -127,6 +128,7 @@ def take_over(
     settings = seam.config_of(engine)
     block = HybridBlock.of(settings)
     options = make_config(options_of(settings, block) if config is None else config, overrides)
+    check_options(options)
     check_setup(Setup(config=settings, block=block, mpu=engine.mpu))
     check_model(engine.module, pipeline=False, experts=seam.has_experts(engine.module))
     _check_generates(engine.module)

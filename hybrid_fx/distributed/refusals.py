@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config import HybridConfig
 from ..errors import ConfigError
 from .block import HybridBlock
 
@@ -141,6 +142,19 @@ def check_setup(setup: Setup) -> None:
         raise ConfigError(
             "hybrid_fx does not generate with " + "; nor with ".join(lines) + ". "
             'With "hybrid_engine": {"enabled": false} this trains as under deepspeed.initialize'
+        )
+
+
+def check_options(options: HybridConfig) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        ConfigError: naming the option, and the remedy.
+    """
+    if options.train_graph:
+        raise ConfigError(
+            "train_graph=True is not supported under DeepSpeed, whose own forward trains; leave "
+            "it out"
         )
 
 

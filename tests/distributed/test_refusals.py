@@ -12,8 +12,16 @@ from tiny_models import tiny
 from torch import nn
 
 import hybrid_fx
+from hybrid_fx.config import HybridConfig
 from hybrid_fx.distributed.block import HybridBlock, options_of
-from hybrid_fx.distributed.refusals import RULES, Setup, check_engine, check_setup, refused
+from hybrid_fx.distributed.refusals import (
+    RULES,
+    Setup,
+    check_engine,
+    check_options,
+    check_setup,
+    refused,
+)
 from hybrid_fx.errors import ConfigError, HybridError, InputError
 
 
@@ -100,6 +108,12 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     case = zero(stage=3, mics_shard_size=2, zero_quantized_weights=True)
     with pytest.raises(ConfigError, match=r"ZeRO\+\+.*MiCS"):
         check_setup(case)
+
+
+def test_an_option_without_effect_is_refused() -> None:
+    with pytest.raises(ConfigError, match="train_graph"):
+        check_options(HybridConfig(train_graph=True))
+    check_options(HybridConfig())
 
 
 @pytest.mark.parametrize("kind", ["a pipeline engine", "DeepSpeed's own hybrid engine"])
