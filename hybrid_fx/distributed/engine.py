@@ -18,7 +18,8 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
 
     Forward, backward, step, checkpoints and attributes are DeepSpeed's. Under ZeRO-3
     :meth:`generate` is collective at its beginning: every rank calls it equally often; lengths and
-    early stops may differ.
+    early stops may differ. Edits of master weights by ``deepspeed.utils.safe_set_*`` are seen with
+    the next step; after others that nothing can see, call :meth:`weights_changed` on any rank.
     """
 
     __call__ = DeepSpeedEngine.__call__

@@ -95,7 +95,8 @@ def initialize(
         args = copy.copy(args)
         args.deepspeed_config = None
     arguments |= {"args": args, "config": copy.deepcopy(plain), "config_params": None}
-    engine, *others = seam.plain_initialize(**arguments)
+    with seam.without_builds():
+        engine, *others = seam.plain_initialize(**arguments)
     seam.say_enabled(engine, asdict(block))
     from .engine import attach
 

@@ -7,7 +7,9 @@ modules are DeepSpeed's. Hooks, prefetching and status flags are never touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -98,6 +100,24 @@ def plain_initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize``."""
     made: tuple[Any, Any, Any, Any] = deepspeed.initialize(**arguments)
     return made
+
+
+@contextmanager
+def without_builds() -> Iterator[None]:
+    """Let an initialize build no shared-memory collectives: gloo serves, without a compiler.
+
+    DeepSpeed would build them at the first initialize on a CPU, which takes minutes. Its own
+    variable ``DS_BUILD_SHM_COMM=1`` asks for them.
+    """
+    name, compatible = "deepspeed_shm_comm", deepspeed.ops.__compatible_ops__
+    if os.environ.get("DS_BUILD_SHM_COMM", "0") != "0" or not compatible.get(name, False):
+        yield
+        return
+    before, compatible[name] = compatible[name], False
+    try:
+        yield
+    finally:
+        compatible[name] = before
 
 
 def kind_of_engine(engine: object) -> str:

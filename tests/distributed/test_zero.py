@@ -58,6 +58,7 @@ def test_sharded_weights_are_gathered_beside_deepspeed() -> None:
         sharded.an_edit_that_one_rank_sees_is_followed_by_all,
         sharded.prepared_memory_is_used_again,
         sharded.memory_is_given_back,
+        sharded.tied_weights_are_gathered_once,
         sharded.lengths_may_differ,
         sharded.ranks_may_take_different_ways,
         sharded.a_call_that_one_rank_refuses_raises_on_all,

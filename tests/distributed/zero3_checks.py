@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from engines import call, ds_config, hf_tokens, make, start, train, weights
+from engines import call, ds_config, hf_tokens, make, plain, start, train, weights
 from tiny_models import prompt
 
+from hybrid_fx.capture import plain_linear
 from hybrid_fx.errors import HybridError, InputError
 
 
@@ -168,6 +169,17 @@ def _is_hf_over_steps(engine: Any, rank: int) -> None:
         expected = hf_tokens(weights(engine), False, call(rank))
         assert torch.equal(engine.generate(**call(rank)), expected)
         train(engine, rank, seed)
+
+
+def tied_weights_are_gathered_once(rank: int) -> None:
+    engine = start(ds_config(3), make(False, kind="qwen2"))
+    for seed in range(2):
+        with plain_linear():
+            expected = plain(weights(engine), False, "qwen2").generate(**call(rank))
+        assert torch.equal(engine.generate(**call(rank)), expected)
+        train(engine, rank, seed)
+    names = [weight.name for weight in engine._graphs.runner.plan.manifest.weights]
+    assert "lm_head.weight" not in names
 
 
 def memory_is_given_back(rank: int) -> None:
