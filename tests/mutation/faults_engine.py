@@ -94,8 +94,8 @@ GROUPS = (
         (
             Fault(
                 "weights that changed are not prepared again",
-                "if not self.failure and version != self._prepared_version:",
-                "if not self.failure and self._prepared_version is None:",
+                "stale = not self.failure and version != self._prepared_version",
+                "stale = not self.failure and self._prepared_version is None",
             ),
             Fault(
                 "a structure that changed is not captured again",

@@ -113,8 +113,8 @@ GROUPS = (
             ),
             Fault(
                 "weights are copied",
-                "        if self._wanted[index].owns_memory:\n",
-                "        if self._wanted[index].name:\n",
+                "            return self._wanted[index].owns_memory\n",
+                "            return True\n",
             ),
         ),
     ),

@@ -6,7 +6,7 @@ import pytest
 from tiny_models import prompt, tiny
 
 import hybrid_fx
-from hybrid_fx.engine import graphs
+from hybrid_fx.engine import plans
 
 DEPTHS = (2, 4, 8)
 
@@ -44,7 +44,7 @@ def test_a_model_that_did_not_change_costs_no_key_and_no_prepare(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("nothing changed")
 
-    monkeypatch.setattr(graphs.StructureKey, "of", refuse)
+    monkeypatch.setattr(plans.StructureKey, "of", refuse)
     monkeypatch.setattr(engine._graphs.runner, "prepare", refuse)
     for _ in range(3):
         engine.eval()

@@ -140,7 +140,7 @@ def test_a_first_use_that_was_cut_short_is_proven_again(monkeypatch):
 
 
 def test_a_capture_that_was_cut_short_is_begun_again(monkeypatch):
-    from hybrid_fx.engine import graphs
+    from hybrid_fx.engine import plans
 
     engine = hybrid_fx.hybridize(tiny("llama"), disk_cache=False)
     expected = engine._plain_generate(**CALL)
@@ -149,7 +149,7 @@ def test_a_capture_that_was_cut_short_is_begun_again(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(graphs, "capture", stop)
+        patch.setattr(plans, "capture", stop)
         with pytest.raises(KeyboardInterrupt):
             engine.generate(**CALL)
     assert torch.equal(engine.generate(**CALL), expected)
@@ -158,7 +158,7 @@ def test_a_capture_that_was_cut_short_is_begun_again(monkeypatch):
 
 
 def test_a_choice_of_side_that_was_cut_short_is_made_again(monkeypatch):
-    from hybrid_fx.engine import graphs
+    from hybrid_fx.engine import plans
 
     model = adapted(tiny("llama"))
     model.to(torch.bfloat16)
@@ -167,7 +167,7 @@ def test_a_choice_of_side_that_was_cut_short_is_made_again(monkeypatch):
     assert {row.choice for row in engine.explain().lora} == {"fold"}
     randomize_adapters(model, 3, 1e-4)
     with monkeypatch.context() as patch:
-        patch.setattr(graphs, "build_plan", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(plans, "build_plan", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             engine.generate(**CALL)
     engine.generate(**CALL)
