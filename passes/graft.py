@@ -160,6 +160,9 @@ class _Attempt:
         self._made: dict[fx.Node, fx.Node] = {}
         for node in original.nodes:
             copied = self.graph.node_copy(node, lambda n: self._copies[n])
+            for name, value in vars(node).items():  # what Dynamo hung on it: its _dynamo_source
+                if name.startswith("_dynamo"):
+                    setattr(copied, name, value)
             self._copies[node], self._old[copied] = copied, node
         for node in original.nodes:
             if node not in wanted:

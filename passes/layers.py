@@ -21,7 +21,7 @@ _ELEMENT = re.compile(r"(?:^|\.)\d+(?=\.)")
 #: The canonical op, its forms over a workspace, and its lowering in training.
 ATTENTION = ("attention", "attend", "attend_one", "attend_as_configured")
 
-_BETWEEN = ("to", "dropout", "getitem", "contiguous")
+_BETWEEN = ("to", "dropout", "getitem", "contiguous", "view", "reshape", "type_as")
 _PRODUCTS = ("matmul", "bmm")
 
 
