@@ -10,7 +10,11 @@ GROUPS = (
     Group(
         "capture",
         "hybrid_fx/capture/registry.py",
-        ("tests/capture/test_capture.py", "tests/capture/test_registries.py"),
+        (
+            "tests/capture/test_capture.py::test_windows_that_alternate_arrive_layer_by_layer",
+            "tests/capture/test_capture.py::"
+            "test_one_capture_serves_every_batch_and_length_without_a_difference",
+        ),
         (
             Fault("the window is lost", "sliding_window or 0, softcap", "0, softcap"),
             Fault(
