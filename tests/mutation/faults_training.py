@@ -69,8 +69,8 @@ GROUPS = (
         (
             Fault(
                 "the row of padding is trained",
-                "if rule in _WITHOUT_BACKWARD and context.training:",
-                "if rule in _WITHOUT_BACKWARD and not context.training:",
+                "if rule in _WITHOUT_BACKWARD and training:",
+                "if rule in _WITHOUT_BACKWARD and not training:",
             ),
         ),
     ),
