@@ -7,13 +7,26 @@ stacked weights depend on parameters only, so the hoist pass moves them into the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any as Value
 
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .binding import weight_only, weights_first
 from .contract import Context, Pass, PassResult
-from .effects import written_memory
-from .graph import call, dtype_of, order, path_of, shape_of, sweep
+from .effects import shares_memory, written_memory
+from .graph import (
+    call,
+    dtype_of,
+    fake_values,
+    name_of,
+    order,
+    path_of,
+    same_size,
+    shape_of,
+    sweep,
+    value_of,
+)
 from .pattern import Match, NoMatch
 from .rewrite import reads_written
 from .roles import find_role
@@ -52,8 +65,46 @@ def _joined(graph: fx.Graph, found: Sequence[Match]) -> fx.Node | NoMatch:
         parts = call(graph, "split", joined, rows, -1, path=path)
         slices = [call(graph, "getitem", parts, i, path=path) for i in range(len(found))]
     for old, new in zip(roots, slices, strict=True):
+        if not _views_fit(old, value_of(new)):
+            sweep(graph)
+            return NoMatch(old.name, "views that a slice of a wider product allows", "view")
+    for old, new in zip(roots, slices, strict=True):
         old.replace_all_uses_with(new)
     return joined
+
+
+def _views_fit(node: fx.Node, val: Value) -> bool:
+    """Whether every view of ``node`` is one of ``val`` as well: the rows of a slice lie apart."""
+    if not isinstance(val, FakeTensor):
+        return True
+    for user in node.users:
+        if not shares_memory(user) or _splits_last(user, node):
+            continue
+        args, kwargs = fx.map_arg(
+            (user.args, user.kwargs), lambda n: val if n is node else value_of(n)
+        )
+        try:
+            with fake_values(val.fake_mode):
+                view = user.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, ValueError):  # fake tensors raise the second
+            return False
+        if not _views_fit(user, view):
+            return False
+    return True
+
+
+def _splits_last(view: fx.Node, source: fx.Node) -> bool:
+    """Whether a view only cuts the last axis into heads, and no view is taken of what it gives."""
+    shape, before = shape_of(view), shape_of(source)
+    if name_of(view) != "view" or shape is None or before is None or len(shape) < len(before):
+        return False
+    deeper = [view]
+    while deeper:
+        users = deeper.pop().users
+        if any(name_of(user) in ("view", "view_as") for user in users):
+            return False
+        deeper += [user for user in users if shares_memory(user)]
+    return all(map(same_size, before[:-1], shape[: len(before) - 1]))
 
 
 def _on_tokens(graph: fx.Graph, found: Sequence[Match]) -> Match:

@@ -15,18 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .graph import name_of
+from .graph import dtype_of, name_of
 from .operators import IN_PLACE
 
 #: Operators of the table whose result may share memory with an argument.
 VIEWS: frozenset[str] = frozenset(
     "view reshape transpose t permute unsqueeze squeeze expand expand_as getitem split chunk "
     "unbind unflatten flatten select narrow movedim swapaxes view_as contiguous to detach "
-    "unfold type_as dropout einsum gather".split()
+    "unfold type_as dropout einsum gather pos given last_tokens select_tokens "
+    "track_gradient exact".split()
 )
 
 #: Of those, the ones that may share memory with any of their arguments, not with the first alone.
-_OF_ANY = frozenset({"einsum"})
+_OF_ANY = frozenset({"einsum", "given"})
 
 _WRITING_OPERATORS = frozenset(
     getattr(operator, name)
@@ -143,6 +144,24 @@ def bases(node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
+def namesakes(node: fx.Node) -> list[fx.Node]:
+    """Placeholders that may stand for the memory that ``node`` stands for.
+
+    A caller may give one tensor as two inputs, a module may keep one as two buffers. Parameters
+    are never written.
+    """
+    if node.op != "placeholder" or node.meta.get("parameter"):
+        return []
+    return [
+        other
+        for other in node.graph.nodes
+        if other.op == "placeholder"
+        and not other.meta.get("parameter")
+        and ("input" in other.meta) == ("input" in node.meta)
+        and dtype_of(other) == dtype_of(node)
+    ]
+
+
 def written_memory(graph: fx.Graph) -> set[fx.Node]:
     """Every value whose memory a call may write, under any of its names."""
     found: set[fx.Node] = set()
@@ -152,4 +171,5 @@ def written_memory(graph: fx.Graph) -> set[fx.Node]:
         if node not in found:
             found.add(node)
             todo += [user for user in node.users if node in shared_with(user)]
+            todo += namesakes(node)
     return found

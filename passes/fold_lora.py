@@ -16,7 +16,7 @@ from torch import fx
 from .binding import weight_only, weights_first
 from .contract import Context, Pass, PassResult
 from .effects import written_memory
-from .graph import call, calls, dtype_of, name_of, path_of, sweep, tail_names
+from .graph import call, calls, dtype_of, name_of, path_of, same_size, shape_of, sweep, tail_names
 from .layers import layer_of
 from .pattern import Any, Call, Const, Either, Match, NoMatch, Opt, Pattern, match
 from .rewrite import reads_written, safe_to_replace
@@ -83,6 +83,8 @@ def _foldable(
     for step in found:
         if step["x"] is not end["x"] and end["x"] not in step.nodes:
             return NoMatch(step.root.name, f"a branch on {end['x'].name}", step["x"].name)
+        if not _as_wide(end.root, step["b"]):
+            return NoMatch(step.root.name, "a branch as wide as its base", str(shape_of(step["b"])))
         for name in ("a", "b"):
             if step[name] not in fixed:
                 return NoMatch(step.root.name, "factors that are weights", name)
@@ -95,6 +97,14 @@ def _foldable(
     if any(user not in whole.nodes for node in end.nodes for user in node.users):
         return NoMatch(end.root.name, "a base used by the sum alone", "another user")
     return None
+
+
+def _as_wide(base: fx.Node, b: Value) -> bool:
+    """Whether a branch that ends in ``b`` gives as many columns as the base it is added to."""
+    shape, whole = shape_of(b), shape_of(base)
+    if shape is None or whole is None or len(shape) != 2:
+        return False
+    return same_size(shape[0 if name_of(base) == "linear" else 1], whole[-1])
 
 
 def _deltas(found: list[Match]) -> list[Value]:
@@ -120,7 +130,7 @@ def _fold_dora(
     pieces = (found["weight"], found["magnitude"], found["a"], found["b"])
     if any(piece not in fixed for piece in pieces) or not safe_to_replace(found):
         return None
-    if reads_written(found, written):
+    if reads_written(found, written) or not _as_wide(found["base"], found["b"]):
         return None
     if dtype_of(root) != dtype_of(found["base"]):
         return None
@@ -177,6 +187,7 @@ def _fold_embedding(
 def fold_lora(graph: fx.Graph, context: Context) -> PassResult:
     """Fold every LoRA and DoRA branch that may be folded; the result counts them."""
     count, misses = 0, list[tuple[str, NoMatch]]()
+    sweep(graph)  # a dead reader of a branch is no user
     weights_first(graph)
     fixed, written = weight_only(graph), written_memory(graph)
     for root in _tops(graph):

@@ -90,6 +90,7 @@ def _plain(graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]) -> f
 def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
     """The role ``mlp`` of each layer becomes one operator of :mod:`.kernels`."""
     count, misses = 0, []
+    sweep(graph)  # a dead reader is no user
     for path, layer in context.layers.items():
         role = layer.policy.role("mlp")
         if role is None or not context.wants("fuse_mlp", layer):

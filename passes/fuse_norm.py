@@ -57,7 +57,7 @@ def _summed(norm: fx.Node, context: Context, written: set[fx.Node]) -> fx.Node |
     if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)) or dtype_of(x) != dtype_of(y):
         return None
     assert isinstance(total, fx.Node)
-    return None if written & {x, y, total, norm} else total
+    return None if written & {x, y, total, norm, *norm.all_input_nodes} else total
 
 
 def fuse_add_norm(graph: fx.Graph, context: Context) -> PassResult:

@@ -57,6 +57,7 @@ def _build() -> dict[str, Callable[..., Any]]:
     ):
         table |= {name: getattr(owner, name) for name in names.split() if hasattr(owner, name)}
     table["gather_along"] = table.pop("gather")
+    table["torch_rms_norm"] = table.pop("rms_norm")  # rounds elsewhere than the Llama family
     # torch's own, where Python's operator lacks the keyword: add(x, y, alpha=2)
     table["scaled_add"], table["scaled_sub"] = torch.add, torch.sub
     # Not F.linear as it stands: DeepSpeed replaces that name for the whole process.

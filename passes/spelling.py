@@ -26,6 +26,8 @@ _SAME: dict[Any, str] = {
     torch.div: "truediv",
     torch.true_divide: "truediv",
     torch.matmul: "matmul",
+    torch.rms_norm: "torch_rms_norm",
+    F.rms_norm: "torch_rms_norm",
     torch.neg: "neg",
     torch.pow: "pow",
     torch.concat: "cat",

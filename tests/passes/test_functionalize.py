@@ -201,7 +201,7 @@ def test_arithmetic_on_sizes_is_plain_arithmetic() -> None:
 
 def test_written_memory_holds_every_name_of_it_and_nothing_else() -> None:
     build = Builder()
-    x, y = build.input("x", 2, 3), build.input("y", 2, 3)
+    x, y = build.input("x", 2, 3), build.input("y", 2, 3, dtype=torch.int64)
     view = build.call("view", x, (6,))
     turned = build.call("transpose", x, 0, 1)
     write = build.call("add_", view, 1.0)
