@@ -1,4 +1,4 @@
-"""Graphs of a few calls, built by hand, and their values before and after a pass.
+"""Values of small graphs before and after a pass; graphs are put together with ``Builder``.
 
 Tensors come from a generator of their own; graphs run call by call, on copies of the inputs, so
 that what a graph writes is seen and can be compared.
@@ -6,64 +6,17 @@ that what a graph writes is seen and can be compared.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.operators import OPERATORS
 from hybrid_fx.passes.policies import POLICIES
 from hybrid_fx.passes.roles import Policy, match_layer
-
-
-class Builder:
-    """Adds placeholders and calls to a graph, with fake values as capture records them."""
-
-    def __init__(self) -> None:
-        self.graph = fx.Graph()
-        self._mode = FakeTensorMode()
-
-    def _placeholder(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, meta: Mapping[str, Any]
-    ) -> fx.Node:
-        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
-        with self.graph.inserting_before(first) if first else contextlib.nullcontext():
-            node = self.graph.placeholder(name.replace(".", "_"))
-        with self._mode:
-            node.meta |= {"path": "", "val": torch.empty(*shape, dtype=dtype), **meta}
-        return node
-
-    def weight(
-        self, name: str, *shape: int, dtype: torch.dtype = torch.float32, parameter: bool = True
-    ) -> fx.Node:
-        return self._placeholder(name, shape, dtype, {"weight": name, "parameter": parameter})
-
-    def input(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
-        return self._placeholder(name, shape, dtype, {"input": name})
-
-    def call(self, operator: str, *args: Any, path: str = "", **kwargs: Any) -> fx.Node:
-        """A call of an operator of the table."""
-        return self.raw(OPERATORS[operator], *args, path=path, **kwargs)
-
-    def raw(self, target: Any, *args: Any, path: str = "", **kwargs: Any) -> fx.Node:
-        """A call as Dynamo may hand it over: of any function, or of a method by its name."""
-        if isinstance(target, str):
-            node = self.graph.call_method(target, args, kwargs)
-        else:
-            node = self.graph.call_function(target, args, kwargs)
-        fakes, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self._mode:
-            function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-            node.meta |= {"path": path, "val": function(*fakes, **options)}
-        return node
-
-    def output(self, *results: fx.Node) -> fx.Graph:
-        self.graph.output(results if len(results) != 1 else results[0])
-        return self.graph
+from hybrid_fx.testing import Builder as Builder
 
 
 def values(graph: fx.Graph, seed: int = 0, scale: float = 1.0) -> dict[str, Tensor]:
