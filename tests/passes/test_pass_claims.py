@@ -33,7 +33,7 @@ READS = {
     "concat_gate_up": ("mlp",),
     "fuse_mlp": ("mlp",),
     "fuse_add_norm": ("norm", "residual"),
-    "shard_tp": ("attention",),  # one rank: what several compute is held in test_shard_tp
+    "shard_tp": ("attention",),  # one rank, which cuts nothing
     "gather_weights": PIECES,
     "thread_kv_prefill": ("attention",),
     "thread_kv_decode": ("attention",),
