@@ -59,7 +59,9 @@ def same_size(a: Any, b: Any) -> bool:
 
     A question about a symbolic size would become a guard of the graph that Dynamo compiles.
     """
-    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
+    if isinstance(a, int) or isinstance(b, int):  # a symbol may have been taken for a number
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return str(a) == str(b)
 
 
 def same_shape(a: Sequence[Any] | None, b: Sequence[Any] | None) -> bool:
