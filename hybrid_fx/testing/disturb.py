@@ -104,7 +104,8 @@ def _disturb(draw: st.DrawFn, example: Example) -> Example | None:
                     late = set(nodes[at:])
                     target.replace_all_uses_with(written, delete_user_cb=lambda user: user in late)
                 results = [written, *results]
-    if results and draw(st.booleans()):
+    shown: bool = draw(st.booleans())
+    if results and shown:
         old = output.args[0]
         output.args = ((*old, results[0]) if isinstance(old, tuple) else (old, results[0]),)
     return _working(example, graph)
