@@ -101,7 +101,7 @@ def test_the_rewriting_library_loads_nothing_foreign_that_torch_does_not(folder:
 # Imported by fork of one interpreter that holds the foreign packages: a fresh one for each module
 # would take minutes. A child prints what went wrong; what is missing but optional is no fault.
 _ALONE = """
-import importlib, os, sys, traceback
+import contextlib, importlib, io, os, sys, traceback
 heavy, modules = {heavy!r}, {modules!r}
 import torch, torch._dynamo, transformers.generation.utils
 import transformers.masking_utils, transformers.modeling_utils
@@ -110,7 +110,8 @@ for module in modules:
     if os.fork() == 0:
         code = 0
         try:
-            importlib.import_module(module)
+            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed logs there
+                importlib.import_module(module)
         except BaseException as error:
             if getattr(error, "name", None) not in heavy or not isinstance(error, ImportError):
                 print(module, traceback.format_exc(), flush=True)

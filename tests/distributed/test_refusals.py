@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+from test_layout import imports, module_name, sources
 from tiny_models import tiny
 from torch import nn
 
@@ -209,3 +210,13 @@ def test_without_deepspeed_the_error_names_the_extra(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(HybridError, match=r"hybrid_fx\[deepspeed\]"):
         hybrid_fx.initialize(model=tiny("llama"), config={})
+
+
+def test_one_module_alone_imports_deepspeed() -> None:
+    found = {
+        module_name(path)
+        for path in sources()
+        for _, imported in imports(path)
+        if imported.split(".")[0] == "deepspeed"
+    }
+    assert found == {"hybrid_fx.distributed.seam"}
