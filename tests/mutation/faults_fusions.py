@@ -56,7 +56,7 @@ GROUPS = (
             ),
             Fault(
                 "a sum that is written in place is taken",
-                "return None if written & {x, y, total, norm} else total",
+                "return None if written & {x, y, total, norm, *norm.all_input_nodes} else total",
                 "return total",
             ),
             Fault(

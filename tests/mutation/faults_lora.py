@@ -71,8 +71,8 @@ GROUPS = (
             ),
             Fault(
                 "a write within DoRA is overlooked",
-                "    if reads_written(found, written):\n",
-                "    if not found:\n",
+                "    if reads_written(found, written) or not",
+                "    if not",
             ),
             Fault(
                 "an embedding's table is not turned back",

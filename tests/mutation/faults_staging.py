@@ -127,12 +127,12 @@ GROUPS = (
         (
             Fault(
                 "a slice of the tokens is taken for one of the vocabulary",
-                "return all(part in whole for part in lead) and len(tail) <= 1",
-                "return len(tail) <= 1",
+                "return wide and plain and all(part in whole for part in lead) and len(tail) <= 1",
+                "return wide and plain and len(tail) <= 1",
             ),
             Fault(
                 "an operand with one value a token is sliced past",
-                "return all(len(shape_of(other) or (0, 0)) <= 1 for other in others)",
+                "return all(shape is not None and len(shape) <= wide for shape in shapes)",
                 "return True",
             ),
             Fault(
