@@ -20,7 +20,7 @@ from torch import Tensor
 Timer = Callable[[str], AbstractContextManager[Any]]
 
 #: Bytes of whole weights that one collective makes, unless a single weight is larger.
-BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,39 @@ def buckets(shards: Sequence[Shard], limit: int = BUCKET_BYTES) -> Iterator[list
         yield bucket
 
 
-def gather(bucket: Sequence[Shard]) -> list[Tensor]:
+class Staging:
+    """Memory that collectives read and write, kept from one to the next: new pages are slow."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, use: str, count: int, like: Shard) -> Tensor:
+        """``count`` elements in the dtype and on the device of ``like``'s whole weight."""
+        key = (use, like.part.dtype, like.device)
+        held = self._held.get(key)
+        if held is None or held.numel() < count:
+            held = torch.empty(count, dtype=like.part.dtype, device=like.device)
+            self._held[key] = held
+        return held[:count]
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._held = {}
+
+
+def gather(bucket: Sequence[Shard], staging: Staging) -> list[Tensor]:
     """The whole weights of one bucket, each contiguous and in memory of its own. Collective."""
     first = bucket[0]
     ranks = dist.get_world_size(first.group)
     sizes = [shard.part.numel() for shard in bucket]
-    mine = torch.cat([shard.part.detach().reshape(-1).to(first.device) for shard in bucket])
-    if ranks == 1:
-        rows = mine[None]
-    else:
-        rows = mine.new_empty(ranks * mine.numel())
+    mine = staging.take("mine", sum(sizes), first)
+    torch.cat([shard.part.detach().reshape(-1).to(first.device) for shard in bucket], out=mine)
+    rows = mine
+    if ranks > 1:
+        rows = staging.take("rows", ranks * mine.numel(), first)
         dist.all_gather_into_tensor(rows, mine, group=first.group)
-        rows = rows.view(ranks, -1)
     whole = []
-    for shard, columns in zip(bucket, torch.split(rows, sizes, 1), strict=True):
+    for shard, columns in zip(bucket, torch.split(rows.view(ranks, -1), sizes, 1), strict=True):
         flat = columns.new_empty(ranks * columns.shape[1])
         flat.view(ranks, -1).copy_(columns)
         whole.append(flat[: math.prod(shard.shape)].view(shard.shape))
@@ -102,6 +121,7 @@ class ShardGather:
 
     Attributes:
         collectives: How many were issued so far.
+        staging: Memory of the collectives.
     """
 
     def __init__(
@@ -112,6 +132,7 @@ class ShardGather:
     ) -> None:
         self._find = find
         self._limit = limit
+        self.staging = Staging()
         self._find_lent = lent
         self._lent: frozenset[int] = frozenset()
         self.collectives = 0
@@ -135,7 +156,7 @@ class ShardGather:
         if id(weight) not in self._whole:
             assert self._timer is not None
             with self._timer("gather"):
-                made = gather(bucket)
+                made = gather(bucket, self.staging)
             self.collectives += 1
             self._whole |= {id(s.part): whole for s, whole in zip(bucket, made, strict=True)}
         return self._whole.pop(id(weight))

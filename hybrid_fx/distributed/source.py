@@ -50,6 +50,7 @@ class ShardedSource(WrappedSource):
     ranks, though what makes one want it (an edit that touches only its shard) may differ.
     """
 
+    gather: ShardGather
     _FAILED = 3  # where the flag of abandon() stands behind those of an Ask
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,7 +82,7 @@ class ShardedSource(WrappedSource):
         with timer("gather"):
             for bucket in buckets(list(self._shards().values())):
                 parts = (id(shard.part) for shard in bucket)
-                made |= dict(zip(parts, gather(bucket), strict=True))
+                made |= dict(zip(parts, gather(bucket, self.gather.staging), strict=True))
         return {name: made.get(id(held), held) for name, held in self.tensors().items()}
 
     def fill(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -110,6 +111,10 @@ class ShardedSource(WrappedSource):
             )
         prepare, prove, whole = (any(row[i] for row in rows) for i in range(self._FAILED))
         return Ask(prepare=prepare, prove=prove, whole=whole)
+
+    def release(self) -> None:
+        """Free the memory of the collectives."""
+        self.gather.staging.release()
 
     def abandon(self) -> None:
         """Answer the other ranks' :meth:`agree` with a failure."""
