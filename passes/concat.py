@@ -6,7 +6,7 @@ stacked weights depend on parameters only, so the hoist pass moves them into the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any as Value
 
 from torch import fx
@@ -27,14 +27,14 @@ from .graph import (
     sweep,
     value_of,
 )
+from .layers import nodes_by_layer
 from .pattern import Match, NoMatch
 from .rewrite import reads_written
 from .roles import find_role
 
 
-def _joined(graph: fx.Graph, found: Sequence[Match]) -> fx.Node | NoMatch:
-    """One linear in place of several; each old one becomes a slice of it."""
-    roots = [match.root for match in found]
+def _unlike(found: Sequence[Match], written: set[fx.Node]) -> NoMatch | None:
+    """Why several linear layers cannot become one, or ``None``."""
     first = found[0]
     for match in found[1:]:
         if match["x"] is not first["x"]:
@@ -44,15 +44,24 @@ def _joined(graph: fx.Graph, found: Sequence[Match]) -> fx.Node | NoMatch:
         if dtype_of(match["weight"]) != dtype_of(first["weight"]):
             kinds = str(dtype_of(first["weight"])), str(dtype_of(match["weight"]))
             return NoMatch(match.root.name, f"weights of {kinds[0]}", kinds[1])
-    written = written_memory(graph)
     if shared := next((m for m in found if reads_written(m, written)), None):
         return NoMatch(shared.root.name, "values that nothing writes in place", "a write")
-    weights, biases = [m["weight"] for m in found], [m["bias"] for m in found]
-    rows = [(shape_of(weight) or (None,))[0] for weight in weights]
+    rows = _rows(found)
     if not all(isinstance(size, int) for size in rows):
-        return NoMatch(roots[0].name, "weights of known sizes", str(rows))
-    weights_first(graph)
-    place = order(graph)
+        return NoMatch(first.root.name, "weights of known sizes", str(rows))
+    return None
+
+
+def _rows(found: Sequence[Match]) -> list[object]:
+    return [(shape_of(match["weight"]) or (None,))[0] for match in found]
+
+
+def _joined(
+    graph: fx.Graph, found: Sequence[Match], place: dict[fx.Node, int]
+) -> fx.Node | NoMatch:
+    """One linear in place of several; each old one becomes a slice of it."""
+    roots = [match.root for match in found]
+    weights, biases = [m["weight"] for m in found], [m["bias"] for m in found]
     early = min(roots, key=place.__getitem__)
     for weight in (*weights, *biases):
         if weight is not None and place[weight] > place[early]:
@@ -61,12 +70,14 @@ def _joined(graph: fx.Graph, found: Sequence[Match]) -> fx.Node | NoMatch:
     with graph.inserting_before(early):
         weight = call(graph, "concat_rows", *weights, path=path)
         bias = None if biases[0] is None else call(graph, "concat_rows", *biases, path=path)
-        joined = call(graph, "linear", first["x"], weight, bias, path=path)
-        parts = call(graph, "split", joined, rows, -1, path=path)
+        joined = call(graph, "linear", found[0]["x"], weight, bias, path=path)
+        parts = call(graph, "split", joined, _rows(found), -1, path=path)
         slices = [call(graph, "getitem", parts, i, path=path) for i in range(len(found))]
     for old, new in zip(roots, slices, strict=True):
         if not _views_fit(old, value_of(new)):
-            sweep(graph)
+            for added in (*reversed(slices), parts, joined, bias, weight):
+                if added is not None:
+                    graph.erase_node(added)
             return NoMatch(old.name, "views that a slice of a wider product allows", "view")
     for old, new in zip(roots, slices, strict=True):
         old.replace_all_uses_with(new)
@@ -107,27 +118,37 @@ def _splits_last(view: fx.Node, source: fx.Node) -> bool:
     return all(map(same_size, before[:-1], shape[: len(before) - 1]))
 
 
-def _on_tokens(graph: fx.Graph, found: Sequence[Match]) -> Match:
+def _on_tokens(found: Sequence[Match], fixed: Container[fx.Node]) -> Match:
     """The first match that reads tokens: adapters also multiply weights with one another."""
-    fixed = weight_only(graph)
     return next((match for match in found if match["x"] not in fixed), found[0])
 
 
 def _join_roles(graph: fx.Graph, context: Context, roles: Sequence[str]) -> PassResult:
     count, misses = 0, []
+    alike: dict[str, list[Match]] = {}
+    fixed, written = weight_only(graph), written_memory(graph)
+    nodes = nodes_by_layer(graph, context.layers)
     for path, layer in context.layers.items():
         wanted = [layer.policy.role(name) for name in roles]
         if any(role is None for role in wanted):
             continue
-        found = [find_role(graph, role, path) for role in wanted if role is not None]
+        found = [find_role(graph, role, path, nodes[path]) for role in wanted if role is not None]
         failure = next((f for f in found if isinstance(f, NoMatch)), None)
         if failure is None:
-            result = _joined(graph, [_on_tokens(graph, f) for f in found])
-            failure = result if isinstance(result, NoMatch) else None
-        if failure is None:
-            count += 1
-        else:
+            alike[path] = [_on_tokens(f, fixed) for f in found if not isinstance(f, NoMatch)]
+            failure = _unlike(alike[path], written)
+        if failure is not None:
+            alike.pop(path, None)
             misses.append((path, failure))
+    if alike:
+        weights_first(graph)
+        place = order(graph)
+    for path, matches in alike.items():
+        result = _joined(graph, matches, place)
+        if isinstance(result, NoMatch):
+            misses.append((path, result))
+        else:
+            count += 1
     if count:
         weights_first(graph)  # the last layer's stacks too: like layers stay alike
         sweep(graph)

@@ -7,6 +7,7 @@ from torch import fx
 from .contract import Context, Pass, PassResult
 from .effects import written_memory
 from .graph import call, dtype_of, name_of, path_of, same_shape, shape_of, sweep
+from .layers import nodes_by_layer
 from .pattern import Match, NoMatch
 from .rewrite import reads_written, safe_to_replace
 from .roles import find_role
@@ -91,17 +92,18 @@ def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
     """The role ``mlp`` of each layer becomes one operator of :mod:`.kernels`."""
     count, misses = 0, []
     sweep(graph)  # a dead reader is no user
+    written = written_memory(graph)
+    nodes = nodes_by_layer(graph, context.layers)
     for path, layer in context.layers.items():
         role = layer.policy.role("mlp")
         if role is None or not context.wants("fuse_mlp", layer):
             continue
-        found = find_role(graph, role, path)
+        found = find_role(graph, role, path, nodes[path])
         if isinstance(found, NoMatch):
             misses.append((path, found))
             continue
         match = found[0]
         kind = _kind(match)
-        written = written_memory(graph)
         alone = safe_to_replace(match) and not reads_written(match, written)
         if kind is None or not alone:
             misses.append((path, NoMatch(match.root.name, "an MLP of its own", "shared values")))
@@ -113,8 +115,9 @@ def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
             misses.append((path, new))
             continue
         match.root.replace_all_uses_with(new)
-        sweep(graph)
         count += 1
+    if count:
+        sweep(graph)
     return PassResult(count, tuple(misses))
 
 

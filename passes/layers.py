@@ -9,7 +9,7 @@ which a policy's roles stand (:func:`tails`) find it as well.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import fx
 
@@ -80,6 +80,20 @@ def layer_paths(graph: fx.Graph, tails: Collection[str] = ()) -> tuple[str, ...]
         if layer is not None:
             found[layer] = None
     return tuple(found)
+
+
+def nodes_by_layer(graph: fx.Graph, layers: Iterable[str]) -> dict[str, list[fx.Node]]:
+    """The calls that stand in each layer, in order."""
+    found: dict[str, list[fx.Node]] = {layer: [] for layer in layers}
+    homes: dict[str, list[list[fx.Node]]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            path = path_of(node)
+            if path not in homes:
+                homes[path] = [found[layer] for layer in found if inside(node, layer)]
+            for home in homes[path]:
+                home.append(node)
+    return found
 
 
 def nodes_of(graph: fx.Graph, layer: str) -> list[fx.Node]:

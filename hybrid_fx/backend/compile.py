@@ -18,8 +18,8 @@ from ..passes.canonicalize import simplify, spell_calls
 from ..passes.contract import Context, Pipeline
 from ..passes.driver import PassRecord, run_passes
 from ..passes.graft import Snapshot, graft, snapshot, working_copy
-from ..passes.graph import inside, name_of, path_of, sweep
-from ..passes.layers import attends, layer_of, layer_paths, layer_with
+from ..passes.graph import inside, name_of, sweep
+from ..passes.layers import attends, layer_of, layer_paths, layer_with, nodes_by_layer
 from ..passes.pattern import NoMatch
 from ..passes.roles import LayerMatch, Policy, match_layer, tails
 from ..passes.spec import PARTIAL
@@ -139,15 +139,7 @@ def _worth_a_copy(graph: fx.Graph, places: frozenset[str]) -> bool:
 
 def _layers(work: fx.Graph, policies: Sequence[Policy]) -> dict[str, LayerMatch]:
     """Each layer of a working copy, and how it fits the policies."""
-    nodes: dict[str, list[fx.Node]] = {path: [] for path in layer_paths(work, tails(policies))}
-    around: dict[str, list[str]] = {}
-    for node in work.nodes:
-        if node.op == "call_function":
-            path = path_of(node)
-            if path not in around:
-                around[path] = [layer for layer in nodes if inside(node, layer)]
-            for layer in around[path]:
-                nodes[layer].append(node)
+    nodes = nodes_by_layer(work, layer_paths(work, tails(policies)))
     return {path: match_layer(work, path, policies, here) for path, here in nodes.items()}
 
 

@@ -17,7 +17,7 @@ from ..passes.emit import emit
 from ..passes.fold_lora import site_of
 from ..passes.graph import calls, inside, name_of, path_of, shape_of, value_of
 from ..passes.hoist import Hoisted, hoist
-from ..passes.layers import layer_paths
+from ..passes.layers import layer_paths, nodes_by_layer
 from ..passes.operators import OPERATORS
 from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, copy_graph
 from ..passes.policies import POLICIES
@@ -85,7 +85,8 @@ def build_plan(
         before: What passes did to ``canonical`` already, for the report.
     """
     graph = copy_graph(canonical)
-    layers = {path: match_layer(graph, path, policies) for path in layer_paths(graph)}
+    nodes = nodes_by_layer(graph, layer_paths(graph))
+    layers = {path: match_layer(graph, path, policies, here) for path, here in nodes.items()}
     context = Context(layers=layers, side=side, fusions=fusions, shard=shard)
     records = run_passes(graph, passes + STAGE, context)
     reports = [_report(graph, match, records) for match in layers.values()]

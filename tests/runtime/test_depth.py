@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 from tiny_models import prompt, tiny
 
 import hybrid_fx
+import hybrid_fx
+from hybrid_fx.capture import capture
 from hybrid_fx.engine import plans
+from hybrid_fx.plan.build import build_plan, normalize
 
 DEPTHS = (2, 4, 8)
 
@@ -52,3 +58,26 @@ def test_a_model_that_did_not_change_costs_no_key_and_no_prepare(monkeypatch):
         engine.train()
     counted["generate_calls"] += 3
     assert dict(engine.stats.counters) == counted
+
+
+def calls_of_planning(depth: int) -> int:
+    """Python calls that it takes to build a plan from the graph of a Llama of that depth."""
+    graph = normalize(capture(tiny("llama", layers=depth)).graph)
+    count = 0
+
+    def counted(_: Any, event: str, __: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(counted)
+    try:
+        build_plan(graph, model="llama", vocab_size=64)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_planning_grows_with_depth_and_not_with_its_square() -> None:
+    calls_of_planning(1)  # what is done once in a process
+    four, eight, sixteen = (calls_of_planning(depth) for depth in (4, 8, 16))
+    assert sixteen - eight < 2.5 * (eight - four)
