@@ -9,7 +9,6 @@ import pytest
 from tiny_models import prompt, tiny
 
 import hybrid_fx
-import hybrid_fx
 from hybrid_fx.capture import capture
 from hybrid_fx.engine import plans
 from hybrid_fx.plan.build import build_plan, normalize
