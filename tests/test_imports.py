@@ -22,6 +22,7 @@ HEAVY = ("deepspeed", "hypothesis", "matplotlib", "peft", "transformers", "trl")
 #: Folder, or public name of the package -> what of HEAVY it may load; by default nothing.
 MAY_LOAD: dict[str, set[str]] = {
     "capture": {"transformers"},
+    "runtime": {"transformers"},
     "generate": {"transformers"},
     "engine": {"transformers"},
     "distributed": {"deepspeed", "transformers"},

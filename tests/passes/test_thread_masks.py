@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_graphs import Builder
 from torch import fx
 
 from hybrid_fx.passes.canonicalize import canonicalize
@@ -91,18 +92,10 @@ def test_a_graph_is_threaded_for_training_or_for_a_workspace_and_never_for_both(
 
 def projected(pointwise: bool) -> fx.Graph:
     """hidden -> linear -> logits, through a cube of all of them where not ``pointwise``."""
-    graph = fx.Graph()
-    hidden, weight = graph.placeholder("hidden"), graph.placeholder("weight")
-    for node, shape in ((hidden, (2, 5, 4)), (weight, (7, 4))):
-        node.meta |= {"path": "", "input": node.name, "val": torch.empty(shape, device="meta")}
-    node = graph.call_function(OPERATORS["linear"], (hidden, weight, None))
-    if not pointwise:
-        node = graph.call_function(OPERATORS["pow"], (node, 3))
-    for new in graph.find_nodes(op="call_function", target=OPERATORS["linear"]):
-        new.meta["path"] = "head"
-    node.meta["path"] = "head"
-    graph.output(node)
-    return graph
+    build = Builder()
+    hidden, weight = build.input("hidden", 2, 5, 4), build.weight("weight", 7, 4)
+    node = build.call("linear", hidden, weight, None, path="head")
+    return build.output(node if pointwise else build.call("pow", node, 3, path="head"))
 
 
 @pytest.mark.parametrize("pointwise", [True, False], ids=["before the head", "behind it"])
