@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .config import HybridConfig
 from .distributed.initialize import take_over
 from .engine.engine import HybridEngine
@@ -51,5 +53,4 @@ def hybridize(
 
 
 def _parameters(model: Any) -> list[Any]:
-    ask = getattr(model, "parameters", None)
-    return list(ask()) if callable(ask) else []
+    return list(model.parameters()) if isinstance(model, torch.nn.Module) else []

@@ -21,7 +21,7 @@ from .graph import (
     fake_values,
     name_of,
     order,
-    path_of,
+    owner_of,
     same_size,
     shape_of,
     sweep,
@@ -57,7 +57,7 @@ def _rows(found: Sequence[Match]) -> list[object]:
 
 
 def _joined(
-    graph: fx.Graph, found: Sequence[Match], place: dict[fx.Node, int]
+    graph: fx.Graph, found: Sequence[Match], place: dict[fx.Node, int], roles: Sequence[str]
 ) -> fx.Node | NoMatch:
     """One linear in place of several; each old one becomes a slice of it."""
     roots = [match.root for match in found]
@@ -66,7 +66,7 @@ def _joined(
     for weight in (*weights, *biases):
         if weight is not None and place[weight] > place[early]:
             return NoMatch(weight.name, "weights that do not depend on the tokens", weight.name)
-    path = path_of(early).rsplit(".", 1)[0]
+    path = owner_of(roots)
     with graph.inserting_before(early):
         weight = call(graph, "concat_rows", *weights, path=path)
         bias = None if biases[0] is None else call(graph, "concat_rows", *biases, path=path)
@@ -79,6 +79,7 @@ def _joined(
                 if added is not None:
                     graph.erase_node(added)
             return NoMatch(old.name, "views that a slice of a wider product allows", "view")
+    joined.meta["stack"] = roles
     for old, new in zip(roots, slices, strict=True):
         old.replace_all_uses_with(new)
     return joined
@@ -132,6 +133,8 @@ def _join_roles(graph: fx.Graph, context: Context, roles: Sequence[str]) -> Pass
         wanted = [layer.policy.role(name) for name in roles]
         if any(role is None for role in wanted):
             continue
+        if any(node.meta.get("stack") == roles for node in nodes[path]):
+            continue  # what else these roles find now are the factors of adapters
         found = [find_role(graph, role, path, nodes[path]) for role in wanted if role is not None]
         failure = next((f for f in found if isinstance(f, NoMatch)), None)
         if failure is None:
@@ -144,7 +147,7 @@ def _join_roles(graph: fx.Graph, context: Context, roles: Sequence[str]) -> Pass
         weights_first(graph)
         place = order(graph)
     for path, matches in alike.items():
-        result = _joined(graph, matches, place)
+        result = _joined(graph, matches, place, roles)
         if isinstance(result, NoMatch):
             misses.append((path, result))
         else:

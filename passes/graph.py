@@ -1,19 +1,20 @@
 """What every pass needs of an ``fx.Graph``: names, places, values, and building new nodes.
 
 The graphs here hold placeholders, ``call_function`` nodes of the operator table, and one output.
-Five entries of ``node.meta`` carry what passes look at:
+Six entries of ``node.meta`` carry what passes look at:
 
 * ``path``: the qualified name of the module the node stands in ("" at the root),
 * ``val``: a fake tensor (or symbolic size) that tells shape and dtype,
 * ``weight`` on a placeholder: the qualified name of the parameter or buffer it stands for,
 * ``input`` on a placeholder: the name of the runtime input it stands for,
-* ``prepared`` on a placeholder: the number of the prepared tensor it stands for.
+* ``prepared`` on a placeholder: the number of the prepared tensor it stands for,
+* ``stack`` on a linear: the roles whose weights it stacks.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,16 @@ def path_of(node: fx.Node) -> str:
     """The qualified name of the module a node stands in."""
     path: str = node.meta.get("path", "")
     return path
+
+
+def owner_of(nodes: Iterable[fx.Node]) -> str:
+    """The innermost module in which all of ``nodes`` stand."""
+    common: list[str] = []
+    for parts in zip(*(path_of(node).split(".") for node in nodes), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
 
 
 def inside(node: fx.Node, prefix: str) -> bool:

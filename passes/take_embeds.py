@@ -7,13 +7,11 @@ token ids stands in it (a LoRA branch looks up too), and one value leaves it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import fx
 
 from .contract import Context, Pass, PassResult
-from .graph import after, call, calls, fresh_input, inside, name_of, path_of, value_of
+from .graph import after, call, calls, fresh_input, inside, name_of, owner_of, path_of, value_of
 from .layers import ATTENTION
 from .pattern import NoMatch
 
@@ -30,21 +28,11 @@ def _derived(source: fx.Node) -> dict[fx.Node, None]:
     return found
 
 
-def _owner(lookups: Sequence[fx.Node]) -> str:
-    """The innermost module in which all lookups stand."""
-    common: list[str] = []
-    for parts in zip(*(path_of(node).split(".") for node in lookups), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
-
-
 def _looked_up(ids: fx.Node) -> fx.Node | NoMatch:
     """The one value that leaves the module that looks ``ids`` up."""
     graph = ids.graph
     lookups = [node for node in calls(graph, "embedding") if node.args[0] is ids]
-    owner = _owner(lookups)
+    owner = owner_of(lookups)
     if not owner or any(inside(node, owner) for node in calls(graph, *ATTENTION)):
         where = ", ".join(sorted({path_of(node) for node in lookups})) or "nowhere"
         return NoMatch(ids.name, "one module that looks token ids up", f"lookups in {where}")

@@ -26,7 +26,7 @@ class Iteration:
         tokens: Timer name to tokens handled inside.
         samples: Rows generated.
         average_samples_per_second: Over all iterations up to and with this one.
-        kv_bytes: Bytes of the KV workspace at the end.
+        kv_bytes: The most bytes that the KV workspace held.
         fallbacks: Reason to how often a call left the rewritten graphs.
     """
 

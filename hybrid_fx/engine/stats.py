@@ -97,6 +97,7 @@ class Stats:
         self.samples = 0
         self.kv_bytes = 0
         self.kv_bytes_peak = 0
+        self._kv_most = 0  # in this iteration
         self.seconds: dict[str, float] = {}
         self.tokens: Counter[str] = Counter()
         self._clock = clock
@@ -162,6 +163,7 @@ class Stats:
     def record_kv_bytes(self, size: int) -> None:
         """Say how many bytes the KV workspace holds from now on."""
         self.kv_bytes = size
+        self._kv_most = max(self._kv_most, size)
         self.kv_bytes_peak = max(self.kv_bytes_peak, size)
 
     # -- iterations --------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class Stats:
         self._closed_samples += record.samples
         self.iterations.append(record)
         self._start = now
-        self._before = self._snapshot()
+        self._before, self._kv_most = self._snapshot(), self.kv_bytes
         _LOG.info("%s", record)
         return record
 
@@ -271,7 +273,7 @@ class Stats:
             average_samples_per_second=per_second(
                 self._closed_samples + rows, self._closed_seconds + lasted
             ),
-            kv_bytes=self.kv_bytes,
+            kv_bytes=self._kv_most,
             fallbacks=_since(self.fallbacks, fallbacks),
         )
 

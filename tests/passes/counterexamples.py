@@ -185,6 +185,22 @@ def one_buffer_under_two_names() -> Example:
     return _told(build.output(build.call("add", x, build.call("neg", again))), again="held")
 
 
+def adapters_beside_stacked_weights() -> Example:
+    """Behind the stack of two base weights, the same roles find the factors of their adapters."""
+    build = Builder()
+    x, parts = _x(build), []
+    for name in ("gate_proj", "up_proj"):
+        path = f"layers.0.mlp.{name}"
+        weight, a = build.weight(f"{name}.w", 3, 4), build.weight(f"{name}.a", 2, 4)
+        base = build.call("linear", x, weight, None, path=f"{path}.base_layer")
+        inner = build.call("linear", x, a, None, path=f"{path}.lora_A.default")
+        factor = build.weight(f"{name}.b", 3, 2)
+        low = build.call("linear", inner, factor, None, path=f"{path}.lora_B.default")
+        parts.append(build.call("add", base, low, path=path))
+    product = build.call("mul", build.call("silu", parts[0]), parts[1], path="layers.0.mlp")
+    return _told(build.output(product), policy(LLAMA, "silu", gated=True))
+
+
 #: Name of the pass -> what broke it.
 FOUND: Mapping[str, tuple[Callable[[], Example], ...]] = {
     "fold_lora": (
@@ -195,6 +211,7 @@ FOUND: Mapping[str, tuple[Callable[[], Example], ...]] = {
     "fuse_mlp": (input_of_an_mlp_written_inside, gated_input_written_inside),
     "fuse_add_norm": (norm_weight_written_behind_the_sum,),
     "concat_qkv": (projections_viewed_as_a_whole, one_tensor_as_two_inputs),
+    "concat_gate_up": (adapters_beside_stacked_weights,),
     "keep_last_tokens": (
         sum_over_tokens,
         logits_of_one_row,

@@ -156,12 +156,13 @@ def test_a_region_around_a_call_of_which_nothing_is_known_is_left_alone() -> Non
 def test_one_replacement_that_is_left_out_leaves_the_others_in() -> None:
     def build(graph: fx.Graph, x: fx.Node, y: fx.Node) -> Any:
         one = graph.call_function(OPERATORS["exp"], (x,))
-        other = graph.call_function(OPERATORS["exp"], (y,))
-        graph.call_function(OPERATORS["add_"], (y, 1.0))
+        copy = graph.call_function(OPERATORS["clone"], (y,))
+        other = graph.call_function(OPERATORS["exp"], (copy,))
+        graph.call_function(OPERATORS["add_"], (copy, 1.0))
         return one, other
 
     def edit(work: fx.Graph, at: dict[str, fx.Node]) -> None:
-        for old, source in ((at["exp"], at["x"]), (at["exp_1"], at["y"])):
+        for old, source in ((at["exp"], at["x"]), (at["exp_1"], at["clone"])):
             with work.inserting_before(old):
                 new = work.call_function(OPERATORS["exp2"], (source,))
             old.replace_all_uses_with(new)
@@ -170,7 +171,7 @@ def test_one_replacement_that_is_left_out_leaves_the_others_in() -> None:
     assert done.count == 1
     assert len(done.declined) == 1
     names = [node.target for node in done.graph.nodes if node.op == "call_function"]
-    assert names == [OPERATORS["exp2"], OPERATORS["exp"], OPERATORS["add_"]]
+    assert names == [OPERATORS[name] for name in ("exp2", "clone", "exp", "add_")]
 
 
 def test_a_reader_that_alone_left_a_value_is_replaced_itself() -> None:
