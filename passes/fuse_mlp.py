@@ -9,7 +9,7 @@ from .effects import written_memory
 from .graph import call, dtype_of, name_of, path_of, same_shape, shape_of, sweep
 from .layers import nodes_by_layer
 from .pattern import Match, NoMatch
-from .rewrite import reads_written, safe_to_replace
+from .rewrite import safe_to_replace
 from .roles import find_role
 
 
@@ -104,7 +104,7 @@ def fuse_mlp(graph: fx.Graph, context: Context) -> PassResult:
             continue
         match = found[0]
         kind = _kind(match)
-        alone = safe_to_replace(match) and not reads_written(match, written)
+        alone = safe_to_replace(match)
         if kind is None or not alone:
             misses.append((path, NoMatch(match.root.name, "an MLP of its own", "shared values")))
             continue

@@ -182,19 +182,14 @@ GROUPS = (
                 "the tanh form of GELU becomes the exact one", 'return "gelu_tanh"', 'return "gelu"'
             ),
             Fault(
-                "an MLP whose values are written in place is taken",
-                "safe_to_replace(match) and not reads_written(match, written)",
-                "safe_to_replace(match)",
-            ),
-            Fault(
                 "a write between the linears of an MLP is overlooked",
                 "    if written & {first, *first.all_input_nodes}:\n",
                 "    if written & {first}:\n",
             ),
             Fault(
                 "an MLP whose inner values others use is taken",
-                "alone = safe_to_replace(match) and not",
-                "alone = not",
+                "alone = safe_to_replace(match)",
+                "alone = True",
             ),
             Fault(
                 "halves that others use are taken",

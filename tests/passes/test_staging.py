@@ -193,6 +193,15 @@ def test_what_writes_a_copy_of_a_weight_stays() -> None:
     _hoisted_values(graph)
 
 
+def test_what_draws_random_numbers_stays_and_draws_for_each_call() -> None:
+    build = Builder()
+    x, weight = build.input("x", 2, 4), build.weight("w", 3, 4)
+    thinned = build.call("dropout", weight, 0.5, True)
+    split = hoist(build.output(build.call("linear", x, thinned, None)))
+    assert len(calls(split.body, "dropout")) == 1
+    assert calls(split.prepare, "dropout") == []
+
+
 def test_constants_stay_where_they_are_read() -> None:
     build = Builder()
     x, w = build.input("x", 4), build.weight("w", 4)
