@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from .effects import is_opaque, written_memory
-from .graph import is_pure, name_of, order, path_of
+from .graph import is_pure, order, path_of
 from .pattern import NoMatch
 
 #: Where a replaced node stood, which is where its stand-in stands.
@@ -234,11 +234,7 @@ class _Attempt:
 
 def _erasable(node: fx.Node) -> bool:
     """Whether a node of a graph as Dynamo hands it over may go where nothing uses it."""
-    if node.op not in ("call_function", "call_method") or not is_pure(node):
-        return False
-    if name_of(node) == "dropout":  # draws random numbers, unless it is off
-        return node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) is False
-    return True
+    return node.op in ("call_function", "call_method") and is_pure(node)
 
 
 def _scopes(graph: fx.Graph) -> dict[fx.Node, int]:

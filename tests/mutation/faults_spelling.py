@@ -207,8 +207,8 @@ GROUPS = (
             ),
             Fault(
                 "random numbers that nothing reads are not drawn",
-                '    if name_of(node) == "dropout":',
-                "    if False:",
+                'node.op in ("call_function", "call_method") and is_pure(node)',
+                'node.op in ("call_function", "call_method")',
             ),
         ),
     ),

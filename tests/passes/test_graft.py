@@ -174,6 +174,24 @@ def test_one_replacement_that_is_left_out_leaves_the_others_in() -> None:
     assert names == [OPERATORS[name] for name in ("exp2", "clone", "exp", "add_")]
 
 
+def test_a_value_that_others_still_read_stays_for_them() -> None:
+    def build(graph: fx.Graph, x: fx.Node, y: fx.Node) -> Any:
+        shared = graph.call_function(OPERATORS["exp"], (x,))
+        one = graph.call_function(operator.add, (shared, y))
+        return one, graph.call_function(operator.mul, (shared, y))
+
+    def edit(work: fx.Graph, at: dict[str, fx.Node]) -> None:
+        with work.inserting_before(at["add"]):
+            new = work.call_function(OPERATORS["neg"], (at["x"],))
+        at["add"].replace_input_with(at["exp"], new)
+
+    done = _through(_graph(build), edit)
+    assert done.count == 1
+    (total, product), x, y = _run(done.graph)
+    assert torch.equal(total, -x + y)
+    assert torch.equal(product, x.exp() * y)
+
+
 def test_a_reader_that_alone_left_a_value_is_replaced_itself() -> None:
     def build(graph: fx.Graph, x: fx.Node, y: fx.Node) -> Any:
         shared = graph.call_function(OPERATORS["exp"], (x,))
