@@ -88,12 +88,14 @@ def shard_tp(graph: fx.Graph, context: Context) -> PassResult:
             count += _partial(graph, node, slicer, units)
     sweep(graph)
     whole = [node for node in calls(graph, "attention") if node not in slicer.made]
-    heads = [tuple(map(int, (shape_of(n.args[0]) or ())[1:2])) for n in whole]
-    misses = tuple(
-        (path_of(node), NoMatch(node.name, f"heads that {size} ranks share", f"{found[0]} heads"))
-        for node, found in zip(whole, heads, strict=True)
-    )
-    return PassResult(count, misses)
+    misses = [(path_of(node), _unshared(node, size)) for node in whole]
+    return PassResult(count, tuple(misses))
+
+
+def _unshared(attention: fx.Node, size: int) -> NoMatch:
+    """Why an attention stays whole."""
+    heads = (shape_of(attention.args[0]) or (0, "?"))[1]
+    return NoMatch(attention.name, f"heads that {size} ranks share", f"{heads} heads")
 
 
 SHARD_TP = Pass(

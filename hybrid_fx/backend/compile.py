@@ -20,12 +20,13 @@ from ..passes.driver import PassRecord, run_passes
 from ..passes.graft import Snapshot, graft, snapshot, working_copy
 from ..passes.graph import inside, name_of, sweep
 from ..passes.layers import attends, layer_of, layer_paths, layer_with, nodes_by_layer
+from ..passes.outcome import LayerReport, Missed
 from ..passes.pattern import NoMatch
 from ..passes.roles import LayerMatch, Policy, match_layer, tails
 from ..passes.spec import PARTIAL
 from .dynamo_graph import describe, is_training, lower, module_of, module_path, without_guards
 from .options import BackendOptions, make_options
-from .report import GraphReport, LayerReport, Missed, log, logger
+from .report import GraphReport, log, logger
 
 #: Parts of a fused operator that say nothing of their own.
 _PARTS = frozenset({"getitem", "split", "t", "contiguous"})

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..passes.outcome import LayerReport
 from .iteration import readable_bytes
 from .pass_table import PassReport, pass_table
 
@@ -19,36 +20,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _WIDTH = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Missed:
-    """A rewrite that did not happen.
-
-    Attributes:
-        what: The pass or role, e.g. ``fused_mlp``.
-        node: Name of the graph node where the match ended.
-        expected: What the pattern asks for there.
-        found: What stands there.
-    """
-
-    what: str
-    node: str
-    expected: str
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.what} at {self.node}: expected {self.expected}, found {self.found}"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """One decoder layer: its module path, its policy (None: none fits) and the outcome."""
-
-    path: str
-    policy: str | None
-    fused: tuple[str, ...] = ()
-    missed: tuple[Missed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,25 @@ from .source import Source
 from .stats import Stats
 
 
+def open_cache(config: HybridConfig) -> PlanCache:
+    """The plan cache that a config asks for."""
+    directory = None
+    if config.disk_cache:
+        directory = Path(config.cache_dir) if config.cache_dir else default_directory()
+    return PlanCache(directory, operator_names=OPERATORS.keys())
+
+
+def find_plan(cache: PlanCache, name: str, stats: Stats) -> Plan | None:
+    """A plan from memory or from the disk, whose assumptions hold; the hit is counted."""
+    hits = cache.hits_memory
+    plan = cache.get(name)
+    if plan is None or plan.manifest.broken_guards(assumptions()):
+        return None
+    memory = cache.hits_memory > hits
+    stats.count("cache_hits_memory" if memory else "cache_hits_disk")
+    return plan
+
+
 class Plans:
     """Finds the plans of one model, of one structure at a time.
 
@@ -38,10 +57,7 @@ class Plans:
         self._config = config
         self._stats = stats
         self._passes, self._policies = optional_passes(config), policies(config)
-        directory = None
-        if config.disk_cache:
-            directory = Path(config.cache_dir) if config.cache_dir else default_directory()
-        self._cache = PlanCache(directory, operator_names=OPERATORS.keys())
+        self._cache = open_cache(config)
         self.digest = ""
         self.canonical: fx.Graph | None = None
         self.stored = False
@@ -67,12 +83,9 @@ class Plans:
         name = self.digest
         if side:
             name = hashlib.sha256(f"{name} {sorted(side)}".encode()).hexdigest()
-        assumed = assumptions()
-        hits = self._cache.hits_memory
-        plan = None if self._distrusted and name not in self._built else self._cache.get(name)
-        if plan is not None and not plan.manifest.broken_guards(assumed):
-            memory = self._cache.hits_memory > hits
-            self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
+        distrusted = self._distrusted and name not in self._built
+        plan = None if distrusted else find_plan(self._cache, name, self._stats)
+        if plan is not None:
             self.stored = name not in self._built
             return plan
         canonical = self._canonical_graph()
@@ -80,7 +93,7 @@ class Plans:
             canonical,
             model=type(causal_lm(self._source.model)).__name__,
             vocab_size=self._vocabulary(),
-            guards=assumed,
+            guards=assumptions(),
             side=side,
             fusions=self._config.fusions,
             passes=self._passes,

@@ -9,7 +9,8 @@ from torch import nn
 from ..cache.adapters import configs
 from ..config import HybridConfig
 from ..generate import causal_lm
-from .explain import Explanation, LayerReport, LoraDecision, Missed
+from ..passes.outcome import LayerReport, Missed
+from .explain import Explanation, LoraDecision
 from .graphs import FOLD_LIMIT, ModelGraphs
 from .pass_table import pass_reports
 from .stats import Stats

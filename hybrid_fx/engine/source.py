@@ -28,6 +28,12 @@ class Ask:
     whole: bool = False
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, by all of its qualified names."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
 class Source:
     """A model in one process, whole: the weights are its parameters.
 
@@ -62,9 +68,7 @@ class Source:
 
     def tensors(self) -> dict[str, Tensor]:
         """The arguments of a prepare graph: what holds each parameter and buffer, by its names."""
-        found: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        found |= dict(self.model.named_buffers(remove_duplicate=False))
-        return found
+        return tensors_of(self.model)
 
     def whole(self, timer: Timer) -> dict[str, Tensor]:
         """Every parameter and buffer whole, by its names. Collective where sharded."""

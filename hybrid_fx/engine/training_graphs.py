@@ -12,26 +12,24 @@ import warnings
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..cache.disk import default_directory
 from ..cache.key import StructureKey
-from ..cache.plan_cache import PlanCache
 from ..cache.stamp import structure_stamp
 from ..capture import assumptions, capture_call
 from ..config import HybridConfig
 from ..errors import CaptureError, StrictError
 from ..generate import causal_lm
-from ..passes.operators import OPERATORS
 from ..plan.plan import Plan
 from ..plan.training import build_training_plan
 from ..runtime.configured import loss_of
 from ..runtime.training import TrainingRunner
+from .plans import find_plan, open_cache
 from .proof import said
+from .source import tensors_of
 from .stats import Stats
 from .training_call import TrainingCall, read_call
 from .training_proof import Proof, prove, without_checkpointing
@@ -91,10 +89,7 @@ class TrainingGraphs:
         self._config = config
         self._stats = stats
         self._lock = lock
-        directory = None
-        if config.disk_cache:
-            directory = Path(config.cache_dir) if config.cache_dir else default_directory()
-        self._cache = PlanCache(directory, operator_names=OPERATORS.keys())
+        self._cache = open_cache(config)
         self._structures: OrderedDict[Any, _Structure] = OrderedDict()
         self.source = ""
         self.failure = ""
@@ -223,7 +218,7 @@ class TrainingGraphs:
                 raise CaptureError("its parameters are sharded, and gathered by its modules")
             name = f"{structure.digest} train {names}"
             digest = hashlib.sha256(name.encode()).hexdigest()
-            plan = None if fresh else self._known(digest)
+            plan = None if fresh else find_plan(self._cache, digest, self._stats)
             if plan is None:
                 plan = self._build(digest, call)
                 structure.built.add(names)
@@ -235,16 +230,6 @@ class TrainingGraphs:
             reason = f"not captured: {said(error)}"
             logger.warning("%s trains as its module: %s", type(self._model).__name__, reason)
             return reason
-
-    def _known(self, digest: str) -> Plan | None:
-        """A plan from memory or from the disk."""
-        hits = self._cache.hits_memory
-        plan = self._cache.get(digest)
-        if plan is None or plan.manifest.broken_guards(assumptions()):
-            return None
-        memory = self._cache.hits_memory > hits
-        self._stats.count("cache_hits_memory" if memory else "cache_hits_disk")
-        return plan
 
     def _build(self, digest: str, call: TrainingCall) -> Plan:
         """Capture the model, and keep the plan."""
@@ -260,9 +245,3 @@ class TrainingGraphs:
         )
         self._cache.put(digest, plan)
         return plan
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer, by all of its qualified names."""
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return found | dict(model.named_buffers(remove_duplicate=False))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.probe import TOLERANCE
+from ..runtime.probe import TOLERANCE, distance_of
 from .protocol import Runner
 
 #: Columns that are compared.
@@ -36,5 +36,4 @@ def _agree(causal: Any, runner: Runner, embeds: Tensor) -> bool:
         got = session.forward(ids, positions, keep=ids.shape[1], embeds=embeds)
     finally:
         session.close()
-    distance = (got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30)
-    return bool(distance <= TOLERANCE.get(wanted.dtype, 1e-1))
+    return distance_of(got, wanted) <= TOLERANCE.get(wanted.dtype, 1e-1)

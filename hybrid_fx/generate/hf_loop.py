@@ -67,12 +67,11 @@ def generate_by_loop(request: Request, runner: Runner) -> Any:
         cache.release()
     if isinstance(result, Tensor):
         return result
-    if cached and cache.origin is not None:
+    if not cached:
+        return type(result)(**{k: v for k, v in result.items() if k != "past_key_values"})
+    if cache.origin is not None:
         result["past_key_values"] = cache.origin
-        return result
-    if cached:
-        return result
-    return type(result)(**{k: v for k, v in result.items() if k != "past_key_values"})
+    return result
 
 
 def _origin(request: Request) -> Any:
@@ -125,7 +124,6 @@ def session_forward(
             try:
                 cache.open(runner.session(batch=batch, capacity=room), attention_mask)
             except ValueError as error:
-                cache.release()
                 raise UnservedError(f"a prefix in past_key_values: {error}", begun=False) from error
         elif past_key_values is None:
             cache.reset()  # the loop starts over with the whole sequence

@@ -95,7 +95,7 @@ def build_plan(
     start, size = time.perf_counter(), len(graph.nodes)
     staged = hoist(graph)
     log.append(hoisted(staged, size, time.perf_counter() - start))
-    weights = _number_weights(staged.prepare)
+    weights = number_weights(staged.prepare)
     prepare, sites = _prepare_source(staged, list(layers))
     sources, embeds = {"prepare": prepare}, False
     for stage, pipeline in (("prefill", PREFILL), ("decode", DECODE)):
@@ -146,12 +146,15 @@ def _dtype(value: Any) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def _number_weights(prepare: fx.Graph) -> tuple[Weight, ...]:
-    found = []
-    for index, node in enumerate(n for n in prepare.nodes if n.op == "placeholder"):
-        node.meta["index"] = index
-        shape = tuple(int(size) for size in shape_of(node) or ())
-        found.append(Weight(name=node.meta["weight"], shape=shape, dtype=_dtype(value_of(node))))
+def number_weights(graph: fx.Graph) -> tuple[Weight, ...]:
+    """Number the weights that a graph reads, for its source; and what the manifest says of them."""
+    found: list[Weight] = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and "weight" in node.meta:
+            node.meta["index"] = len(found)
+            shape = tuple(int(size) for size in shape_of(node) or ())
+            name = node.meta["weight"]
+            found.append(Weight(name=name, shape=shape, dtype=_dtype(value_of(node))))
     return tuple(found)
 
 

@@ -14,15 +14,14 @@ from torch import fx
 from ..passes.contract import Context
 from ..passes.driver import run_passes
 from ..passes.emit import emit
-from ..passes.graph import shape_of, value_of
 from ..passes.layers import layer_paths
 from ..passes.operators import OPERATORS
 from ..passes.pipeline import TRAIN
 from ..passes.spec import THREADED
 from ..passes.thread_kv import kv_shapes
 from ..passes.thread_masks import MASKS
-from .build import kv_layers, normalize
-from .plan import Manifest, Plan, Weight
+from .build import kv_layers, normalize, number_weights
+from .plan import Manifest, Plan
 
 #: Parameters of ``train``. What a call was not given is ``None``.
 PARAMETERS = (
@@ -53,7 +52,7 @@ def build_training_plan(
     layers = layer_paths(graph)
     attentions = kv_layers(kv_shapes(graph))
     run_passes(graph, TRAIN, Context(training=True), rules=THREADED)
-    weights = _number_weights(graph)
+    weights = number_weights(graph)
     source = emit(
         graph,
         function="train",
@@ -82,14 +81,3 @@ def _keep_gradient_hooks(graph: fx.Graph) -> None:
         if name == "requires_grad_" and node.args[1:] in ((), (True,)) and not node.kwargs:
             node.op, node.target = "call_function", OPERATORS["track_gradient"]
             node.args = node.args[:1]
-
-
-def _number_weights(graph: fx.Graph) -> tuple[Weight, ...]:
-    found: list[Weight] = []
-    for node in graph.nodes:
-        if node.op == "placeholder" and "weight" in node.meta and node.users:
-            node.meta["index"] = len(found)
-            shape = tuple(int(size) for size in shape_of(node) or ())
-            dtype = str(value_of(node).dtype).removeprefix("torch.")
-            found.append(Weight(name=node.meta["weight"], shape=shape, dtype=dtype))
-    return tuple(found)

@@ -24,6 +24,12 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torc
 _DECODED = 2
 
 
+def distance_of(got: Tensor, wanted: Tensor) -> float:
+    """The Euclidean distance of two tensors, relative to the second."""
+    wide = wanted.float()
+    return float((got.float() - wide).norm() / wide.norm().clamp_min(1e-30))
+
+
 def _length(runner: PlanRunner, limit: int | None) -> int:
     """Longer than the smallest window, where that is short; never beyond the model's limit."""
     windows = [layer.window for layer in runner.plan.manifest.kv if layer.window]
@@ -77,7 +83,7 @@ def probe(
     if not bool(wanted.isfinite().all()):
         return Verdict(False)
     allowed = TOLERANCE.get(_narrowest(runner), 1e-1)
-    distance = (got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30)
+    distance = distance_of(got, wanted)
     if not distance <= allowed:
         said = f"its logits differ from the module's by {distance:.1e}, allowed {allowed:.0e}"
         return Verdict(True, said)

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from hybrid_fx.engine.explain import Explanation, LayerReport, LoraDecision, Missed
+from hybrid_fx.engine.explain import Explanation, LoraDecision
+from hybrid_fx.passes.outcome import LayerReport, Missed
 
 FUSED = ("concat_qkv", "residual_norm")
 

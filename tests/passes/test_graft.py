@@ -54,6 +54,13 @@ def _sum_of_squares(graph: fx.Graph, x: fx.Node, y: fx.Node) -> fx.Node:
     return graph.call_function(operator.mul, (total, other))
 
 
+def _read_twice(graph: fx.Graph, x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """``exp(x) + y`` and ``exp(x) * y``, the exponential computed once."""
+    shared = graph.call_function(OPERATORS["exp"], (x,))
+    one = graph.call_function(operator.add, (shared, y))
+    return one, graph.call_function(operator.mul, (shared, y))
+
+
 def _fuse_add(work: fx.Graph, at: dict[str, fx.Node]) -> None:
     """``square(x) + y`` becomes one ``scaled_add``, in front of the sum."""
     with work.inserting_before(at["add"]):
@@ -175,17 +182,12 @@ def test_one_replacement_that_is_left_out_leaves_the_others_in() -> None:
 
 
 def test_a_value_that_others_still_read_stays_for_them() -> None:
-    def build(graph: fx.Graph, x: fx.Node, y: fx.Node) -> Any:
-        shared = graph.call_function(OPERATORS["exp"], (x,))
-        one = graph.call_function(operator.add, (shared, y))
-        return one, graph.call_function(operator.mul, (shared, y))
-
     def edit(work: fx.Graph, at: dict[str, fx.Node]) -> None:
         with work.inserting_before(at["add"]):
             new = work.call_function(OPERATORS["neg"], (at["x"],))
         at["add"].replace_input_with(at["exp"], new)
 
-    done = _through(_graph(build), edit)
+    done = _through(_graph(_read_twice), edit)
     assert done.count == 1
     (total, product), x, y = _run(done.graph)
     assert torch.equal(total, -x + y)
@@ -193,17 +195,12 @@ def test_a_value_that_others_still_read_stays_for_them() -> None:
 
 
 def test_a_reader_that_alone_left_a_value_is_replaced_itself() -> None:
-    def build(graph: fx.Graph, x: fx.Node, y: fx.Node) -> Any:
-        shared = graph.call_function(OPERATORS["exp"], (x,))
-        one = graph.call_function(operator.add, (shared, y))
-        return one, graph.call_function(operator.mul, (shared, y))
-
     def edit(work: fx.Graph, at: dict[str, fx.Node]) -> None:
         with work.inserting_before(at["add"]):
             new = work.call_function(OPERATORS["neg"], (at["exp"],))
         at["add"].replace_input_with(at["exp"], new)
 
-    graph = _graph(build)
+    graph = _graph(_read_twice)
     done = _through(graph, edit)
     (added, product), _, _ = _run(done.graph)
     x, y = torch.arange(4.0), torch.full((4,), 3.0)
