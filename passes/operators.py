@@ -58,8 +58,10 @@ def _build() -> dict[str, Callable[..., Any]]:
         table |= {name: getattr(owner, name) for name in names.split() if hasattr(owner, name)}
     table["gather_along"] = table.pop("gather")
     table["torch_rms_norm"] = table.pop("rms_norm")  # rounds elsewhere than the Llama family
-    # torch's own, where Python's operator lacks the keyword: add(x, y, alpha=2)
+    # torch's own, where Python's operator lacks the keyword, add(x, y, alpha=2), or rounds a number
+    # elsewhere: 0.1 * x multiplies by 0.1, torch.mul(0.1, x) by 0.1 in the dtype of x
     table["scaled_add"], table["scaled_sub"] = torch.add, torch.sub
+    table["torch_mul"] = torch.mul
     # Not F.linear as it stands: DeepSpeed replaces that name for the whole process.
     table["linear"] = torch._C._nn.linear
     table["vector_norm"] = torch.linalg.vector_norm

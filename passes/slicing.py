@@ -275,7 +275,8 @@ def _attention(slicer: Slicer, node: fx.Node, cut: Cut) -> Recipe | None:
 
 
 _POINTWISE = (
-    "add sub mul truediv neg pow silu relu gelu tanh sigmoid exp rsqrt sqrt to contiguous abs clamp"
+    "add sub mul torch_mul truediv neg pow silu relu gelu tanh sigmoid exp rsqrt sqrt to "
+    "contiguous abs clamp"
 )
 
 Rule = Callable[[Slicer, fx.Node, Cut], "Recipe | Part | None"]

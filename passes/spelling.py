@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .graph import shape_of
+from .graph import shape_of, value_of
 from .operators import INPLACE_AT, NAMES, OPERATORS, operator_name
 
 #: Functions that are another spelling of a table entry, where they take no keyword.
@@ -58,8 +58,11 @@ _METHOD_NAMES = {
     "absolute": "abs",
 }
 
-#: What stands for a Python operator where it has keywords: ``add(x, y, alpha=2)``.
-_WITH_KEYWORDS = {"add": "scaled_add", "sub": "scaled_sub", "truediv": "div"}
+#: What stands for a Python operator that would compute something else: torch's has keywords,
+#: ``add(x, y, alpha=2)``, and rounds a number to the tensor's dtype where it comes first.
+_TORCH_OWN = {"add": "scaled_add", "sub": "scaled_sub", "mul": "torch_mul", "truediv": "div"}
+
+_NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat)
 
 _CASTS = {
     "float": torch.float32,
@@ -100,8 +103,10 @@ def _table_name(name: str, node: fx.Node) -> str | None:
     if _is_python(name) and node.kwargs:
         if node.kwargs.keys() <= {"other", "exponent"}:
             node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
-            return name
-        return _WITH_KEYWORDS.get(name)
+        else:
+            return _TORCH_OWN.get(name)
+    if _is_python(name) and isinstance(value_of(node.args[0]), _NUMBERS):
+        return _TORCH_OWN.get(name, name)
     return name
 
 

@@ -84,6 +84,11 @@ GROUPS = (
                 '"sub": "scaled_add"',
             ),
             Fault(
+                "a number in front is not rounded",
+                "isinstance(value_of(node.args[0]), _NUMBERS)",
+                "False",
+            ),
+            Fault(
                 "softmax loses its dtype",
                 '{**kwargs, **({} if dtype is None else {"dtype": dtype})}',
                 "{**kwargs}",

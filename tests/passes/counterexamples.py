@@ -201,6 +201,13 @@ def adapters_beside_stacked_weights() -> Example:
     return _told(build.output(product), policy(LLAMA, "silu", gated=True))
 
 
+def number_in_front_of_a_narrow_tensor() -> Example:
+    """torch.mul rounds its number to bfloat16 before it multiplies; Python's operator does not."""
+    build = Builder()
+    x = build.input("x", build.batch, build.tokens, 4, dtype=torch.bfloat16)
+    return Example(build.output(build.raw(torch.mul, 0.7978845608028654, x)))
+
+
 #: Name of the pass -> what broke it.
 FOUND: Mapping[str, tuple[Callable[[], Example], ...]] = {
     "fold_lora": (
@@ -223,6 +230,7 @@ FOUND: Mapping[str, tuple[Callable[[], Example], ...]] = {
         write_through_plus,
         lambda: rows_and_columns_swapped(2),
         torch_rms_norm,
+        number_in_front_of_a_narrow_tensor,
     ),
     "hoist": (one_buffer_under_two_names,),
 }
