@@ -27,3 +27,7 @@ class EngineClosedError(HybridError, RuntimeError):
 
 class StrictError(HybridError, RuntimeError):
     """With ``strict=True``: some part of the model does not run from rewritten graphs."""
+
+
+class RankError(HybridError):
+    """Another rank of a collective generate raised an error, disagrees, or is gone."""

@@ -89,8 +89,14 @@ class Staging:
         self._held = {}
 
 
-def gather(bucket: Sequence[Shard], staging: Staging) -> list[Tensor]:
-    """The whole weights of one bucket, each contiguous and in memory of its own. Collective."""
+def gather(
+    bucket: Sequence[Shard], staging: Staging, announce: Callable[[int], object]
+) -> list[Tensor]:
+    """The whole weights of one bucket, each contiguous and in memory of its own. Collective.
+
+    Args:
+        announce: Told the bytes, when nothing but the collective itself can fail any more.
+    """
     first = bucket[0]
     ranks = dist.get_world_size(first.group)
     sizes = [shard.part.numel() for shard in bucket]
@@ -99,6 +105,7 @@ def gather(bucket: Sequence[Shard], staging: Staging) -> list[Tensor]:
     rows = mine
     if ranks > 1:
         rows = staging.take("rows", ranks * mine.numel(), first)
+        announce(sum(shard.nbytes for shard in bucket))
         dist.all_gather_into_tensor(rows, mine, group=first.group)
     whole = []
     for shard, columns in zip(bucket, torch.split(rows.view(ranks, -1), sizes, 1), strict=True):
@@ -117,6 +124,7 @@ class ShardGather:
     Args:
         find: The shards by the identity of their parts, as they are now.
         lent: The addresses of the model's own storages, as they are now.
+        announce: See :func:`gather`.
         limit: See :data:`BUCKET_BYTES`.
 
     Attributes:
@@ -128,9 +136,12 @@ class ShardGather:
         self,
         find: Callable[[], Mapping[int, Shard]],
         lent: Callable[[], frozenset[int]],
+        *,
+        announce: Callable[[int], object] = lambda nbytes: None,
         limit: int = BUCKET_BYTES,
     ) -> None:
         self._find = find
+        self._announce = announce
         self._limit = limit
         self.staging = Staging()
         self._find_lent = lent
@@ -156,7 +167,7 @@ class ShardGather:
         if id(weight) not in self._whole:
             assert self._timer is not None
             with self._timer("gather"):
-                made = gather(bucket, self.staging)
+                made = gather(bucket, self.staging, self._announce)
             self.collectives += 1
             self._whole |= {id(s.part): whole for s, whole in zip(bucket, made, strict=True)}
         return self._whole.pop(id(weight))

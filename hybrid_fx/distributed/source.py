@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from types import MethodType
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..engine.source import Ask, Source
 from ..engine.switch import GenerateSwitch
-from ..errors import HybridError
+from ..errors import RankError
 from ..runtime.session import Timer
+from .lockstep import Lockstep, Words
 from .seam import DeepSpeedView, is_sharded, shard_of
 from .shards import Shard, ShardGather, buckets, gather
 from .twin import outline, twin
@@ -45,19 +44,19 @@ class WrappedSource(Source):
 class ShardedSource(WrappedSource):
     """A model that ZeRO-3 took apart: each rank holds a shard of every parameter.
 
-    Nothing of a generate is collective but two things at its beginning: ranks agree on what it
-    takes, and gather weights where that is wanted. So whether to gather is decided alike on all
-    ranks, though what makes one want it (an edit that touches only its shard) may differ.
+    A generate is collective at its beginning, where ranks agree on what it takes and gather
+    weights where any of them wants it (an edit may touch the shard of one rank alone), and at its
+    end, where each learns whether it went well on all.
     """
 
     gather: ShardGather
-    _FAILED = 3  # where the flag of abandon() stands behind those of an Ask
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.sharded = True
-        self.gather = ShardGather(self._shards, self._lent)
-        self._group = next(shard_of(p).group for p in model.parameters() if is_sharded(p))
+        group = next(shard_of(p).group for p in model.parameters() if is_sharded(p))
+        self._ranks = Lockstep(group, lambda: next(iter(model.parameters())).device)
+        self.gather = ShardGather(self._shards, self._lent, announce=self._announce)
 
     def structure(self) -> nn.Module:
         """A twin whose sharded parameters have their shapes and no memory."""
@@ -82,7 +81,8 @@ class ShardedSource(WrappedSource):
         with timer("gather"):
             for bucket in buckets(list(self._shards().values())):
                 parts = (id(shard.part) for shard in bucket)
-                made |= dict(zip(parts, gather(bucket, self.gather.staging), strict=True))
+                whole = gather(bucket, self.gather.staging, self._announce)
+                made |= dict(zip(parts, whole, strict=True))
         return {name: made.get(id(held), held) for name, held in self.tensors().items()}
 
     def fill(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -95,38 +95,41 @@ class ShardedSource(WrappedSource):
                     made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
                     module._parameters[name] = made[id(tensor)]
 
+    def begin(self) -> None:
+        """A generate begins."""
+        self._ranks.begin()
+
     def agree(self, ask: Ask, contract: str) -> Ask:
         """Every rank says what it wants; what any of them wants is done by all."""
         digest = int.from_bytes(hashlib.sha256(contract.encode()).digest()[:7])
-        rows = self._exchange([ask.prepare, ask.prove, ask.whole, False, digest])
-        failed = [rank for rank, row in enumerate(rows) if row[self._FAILED]]
-        if failed:
-            raise HybridError(
-                f"rank {failed[0]} raised an error before generating; this rank stops with it"
-            )
-        if len({row[-1] for row in rows}) > 1:
-            raise HybridError(
+        said = self._ranks.step(ask.prepare, ask.prove, ask.whole, digest)
+        rows = [words for words in said if words is not None]
+        if len({row[3] for row in rows}) > 1:
+            raise RankError(
                 "the ranks would gather different weights: their models differ in structure, in "
                 "hooks or in the state of adapters; make the same changes on every rank"
             )
-        prepare, prove, whole = (any(row[i] for row in rows) for i in range(self._FAILED))
+        prepare, prove, whole = (any(row[i] for row in rows) for i in range(3))
         return Ask(prepare=prepare, prove=prove, whole=whole)
+
+    def finish(self) -> None:
+        """Wait until the generate has ended on all ranks."""
+        self._ranks.finish(self._serve)
+
+    def _serve(self, said: list[Words | None]) -> None:
+        raise RuntimeError("a rank has ended a generate in which others still gather")
+
+    def abandon(self) -> None:
+        """Let the generate of the other ranks fail."""
+        self._ranks.fail()
+
+    def _announce(self, nbytes: int) -> None:
+        """The next collective makes weights of ``nbytes`` whole, on all ranks."""
+        self._ranks.same(nbytes)
 
     def release(self) -> None:
         """Free the memory of the collectives."""
         self.gather.staging.release()
-
-    def abandon(self) -> None:
-        """Answer the other ranks' :meth:`agree` with a failure."""
-        self._exchange([False, False, False, True, 0])
-
-    def _exchange(self, row: list[int]) -> list[list[int]]:
-        device = next(iter(self.model.parameters())).device
-        mine = torch.tensor(row, dtype=torch.int64, device=device)
-        rows = mine.new_empty(dist.get_world_size(self._group) * len(row))
-        dist.all_gather_into_tensor(rows, mine, group=self._group)
-        found: list[list[int]] = rows.view(-1, len(row)).tolist()
-        return found
 
     def _shards(self) -> dict[int, Shard]:
         found = (shard_of(p) for p in self.model.parameters() if is_sharded(p))

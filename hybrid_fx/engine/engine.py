@@ -146,7 +146,9 @@ class HybridEngine:
             # Memory made in inference mode could never be refilled outside of it.
             with self.stats.timer("generate"), torch.inference_mode(False):
                 try:
-                    return self._counted(self._generate(args, kwargs))
+                    result = self._counted(self._generate(args, kwargs))
+                    self._graphs.finish()
+                    return result
                 except Exception:
                     self._graphs.abandon()
                     raise

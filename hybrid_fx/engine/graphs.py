@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import HybridConfig
-from ..errors import HybridError, StrictError
+from ..errors import HybridError, RankError, StrictError
 from ..generate import causal_lm, position_limit
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
@@ -70,12 +70,19 @@ class ModelGraphs:
     def begin(self) -> None:
         """A call begins: where sharded, all ranks will agree once on what it takes."""
         self._agreed = False
+        self._source.begin()
+
+    def finish(self) -> None:
+        """The call has ended well here; where sharded, on all ranks.
+
+        Raises:
+            RankError: where it did not on another one.
+        """
+        self._source.finish()
 
     def abandon(self) -> None:
         """The call ends in an error; tell the ranks that wait for this one."""
-        if not self._agreed:
-            self._agreed = True
-            self._source.abandon()
+        self._source.abandon()
 
     def end(self) -> None:
         """The call has ended; the module no longer runs."""
@@ -93,7 +100,7 @@ class ModelGraphs:
 
         Raises:
             StrictError: under ``strict=True``, where a layer or the model is not rewritten.
-            HybridError: where another rank raised, or has another model.
+            RankError: where another rank raised, or has another model.
         """
         # A caller's autocast must enter neither the graphs nor what is prepared from the weights.
         with torch.no_grad(), torch.autocast(self._device().type, enabled=False):
@@ -231,7 +238,7 @@ class ModelGraphs:
                     return verdict.difference
                 if verdict.settled:
                     self._proven = self.runner
-        except _NO_MEMORY:
+        except (*_NO_MEMORY, RankError):
             raise
         except Exception as error:
             return error

@@ -77,16 +77,26 @@ class Source:
     def fill(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Give ``model``, of :meth:`runnable`, the weights of :meth:`whole`, to run on."""
 
+    def begin(self) -> None:
+        """A generate begins. What follows up to :meth:`finish` is collective where sharded."""
+
     def agree(self, ask: Ask, contract: str) -> Ask:
         """What any rank wants; ``contract`` is the text that must be the same on all of them.
 
         Raises:
-            HybridError: where another rank called :meth:`abandon`, or has another contract.
+            RankError: where another rank raised, or has another contract.
         """
         return ask
 
+    def finish(self) -> None:
+        """The generate has ended well on this rank.
+
+        Raises:
+            RankError: where it ended in an error on another one.
+        """
+
     def abandon(self) -> None:
-        """Say, in place of :meth:`agree`, that this rank raises an error."""
+        """The generate ends in an error on this rank; tell the others."""
 
     def release(self) -> None:
         """Give back what is kept for the next gather."""

@@ -62,6 +62,7 @@ def test_sharded_weights_are_gathered_beside_deepspeed() -> None:
         sharded.lengths_may_differ,
         sharded.ranks_may_take_different_ways,
         sharded.a_call_that_one_rank_refuses_raises_on_all,
+        sharded.an_error_on_one_rank_stops_all,
         sharded.a_model_built_in_shards_generates,
         sharded.different_models_are_refused,
         sharded.what_is_not_captured_generates_all_the_same,

@@ -10,7 +10,7 @@ from engines import call, ds_config, hf_tokens, make, plain, start, train, weigh
 from tiny_models import prompt
 
 from hybrid_fx.capture import plain_linear
-from hybrid_fx.errors import HybridError, InputError
+from hybrid_fx.errors import InputError, RankError
 
 
 def _status(engine: Any) -> list[Any]:
@@ -119,16 +119,47 @@ def a_call_that_one_rank_refuses_raises_on_all(rank: int) -> None:
     engine = start(ds_config(3), make(False))
     good = call(rank)
     bad = {**good, "input_ids": good["input_ids"] + 1000}
-    with pytest.raises(InputError if rank else HybridError, match="" if rank else "rank 1"):
+    with pytest.raises(InputError if rank else RankError, match="" if rank else "rank 1"):
         engine.generate(**(bad if rank else good))
     assert torch.equal(engine.generate(**good), hf_tokens(weights(engine), False, good))
+
+
+def an_error_on_one_rank_stops_all(rank: int) -> None:
+    """While weights are gathered, and later, where nothing is collective."""
+    engine = start(ds_config(3), make(False))
+    engine.generate(**call(rank))
+    engine._source.gather._limit = 1 << 12
+    prepared = engine._graphs.runner.prepared
+    store = prepared.store
+
+    def full(index: int, value: Any) -> None:
+        if index == 7:
+            raise MemoryError("no room")
+        store(index, value)
+
+    def odd(ids: Any, scores: Any) -> Any:
+        raise LookupError("a processor fails")
+
+    train(engine, rank)
+    if rank:
+        prepared.store = full
+    with pytest.raises(MemoryError if rank else RankError, match="room" if rank else "rank 1"):
+        engine.generate(**call(rank))
+    if rank:
+        del prepared.store
+    expected = hf_tokens(weights(engine), False, call(rank))
+    assert torch.equal(engine.generate(**call(rank)), expected)
+    given = call(rank, **({"logits_processor": [odd]} if rank else {}))
+    with pytest.raises(LookupError if rank else RankError, match="fails" if rank else "rank 1"):
+        engine.generate(**given)
+    assert torch.equal(engine.generate(**call(rank)), expected)
 
 
 def different_models_are_refused(rank: int) -> None:
     engine = start(ds_config(3), make(True))
     if rank:
         engine.module.base_model.disable_adapter_layers()
-    with pytest.raises(HybridError, match="models differ"):
+    with pytest.raises(RankError, match="models differ"):
         engine.generate(**call(rank))
 
 

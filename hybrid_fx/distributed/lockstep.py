@@ -1,0 +1,117 @@
+"""Ranks in step: before anything collective, each says whether it takes part.
+
+A generate is a sequence of rounds. In each, every rank of the group says what it is about to do;
+then all do it. A rank that has nothing left to do answers the rounds of the others until all have
+finished, and one that raised says so, so that none waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import RankError
+
+#: What one rank says in a round, beside its state.
+Words = tuple[int, ...]
+
+_WIDTH = 8
+_WORKS, _DONE, _FAILED = range(3)
+
+
+class Lockstep:
+    """The rounds of one group of ranks.
+
+    Args:
+        group: The process group.
+        device: Where its collectives run.
+    """
+
+    def __init__(self, group: Any, device: Callable[[], torch.device]) -> None:
+        self.group = group
+        self._device = device
+        self._failed = False
+
+    def begin(self) -> None:
+        """A generate begins."""
+        self._failed = False
+
+    def step(self, *words: int) -> list[Words | None]:
+        """Take part in the next round. Collective.
+
+        Args:
+            words: What this rank says, up to 7 numbers of 64 bits.
+
+        Returns:
+            What each rank said, in order; ``None`` for one that has finished.
+
+        Raises:
+            RankError: where another rank raised, or is gone.
+        """
+        return self._round(_WORKS, words)
+
+    def same(self, *words: int) -> None:
+        """:meth:`step`, where every rank must say the same.
+
+        Raises:
+            RankError: as :meth:`step`; or where one says something else, or has finished.
+        """
+        said = self.step(*words)
+        if odd := [rank for rank, other in enumerate(said) if other != said[0]]:
+            self._failed = True
+            raise RankError(
+                f"rank {odd[0]} would not gather what rank 0 does: something went wrong with its "
+                "graphs that did not on rank 0; see the log of both"
+            )
+
+    def finish(self, serve: Callable[[list[Words | None]], None]) -> None:
+        """Nothing is left to do here: answer until that holds for all ranks. Collective.
+
+        Args:
+            serve: Does this rank's part of a round, given what the others said.
+
+        Raises:
+            RankError: where another rank raised, or is gone.
+        """
+        said = self._round(_DONE, ())
+        while any(words is not None for words in said):
+            serve(said)
+            said = self._round(_DONE, ())
+
+    def fail(self) -> None:
+        """Say in the next round, and last, that this rank raises an error. Collective."""
+        if not self._failed:
+            self._failed = True
+            try:
+                self._exchange(_FAILED, ())
+            except RankError:
+                return  # nobody is left to be told; this rank's own error counts
+
+    def _round(self, state: int, words: Words) -> list[Words | None]:
+        rows = self._exchange(state, words)
+        failed = [rank for rank, row in enumerate(rows) if row[0] == _FAILED]
+        if failed:
+            self._failed = True
+            raise RankError(
+                f"rank {failed[0]} raised an error in its generate; this rank stops with it"
+            )
+        return [tuple(row[1:]) if row[0] == _WORKS else None for row in rows]
+
+    def _exchange(self, state: int, words: Words) -> list[list[int]]:
+        row = [state, *words]
+        row += [0] * (_WIDTH - len(row))
+        mine = torch.tensor(row, dtype=torch.int64, device=self._device())
+        rows = mine.new_empty(dist.get_world_size(self.group) * _WIDTH)
+        try:
+            dist.all_gather_into_tensor(rows, mine, group=self.group)
+        except RuntimeError as error:
+            self._failed = True
+            raise RankError(
+                f"another rank of this generate is gone, or silent for longer than the process "
+                f"group waits: {error}"
+            ) from error
+        found: list[list[int]] = rows.view(-1, _WIDTH).tolist()
+        return found
