@@ -15,8 +15,8 @@ class PassReport:
     """One pass over one of the graphs, as it was when the plan was built.
 
     Attributes:
-        stage: ``model`` (the captured graph), ``layers`` (by policy, then staged), ``prefill`` or
-            ``decode``.
+        stage: ``model`` (the captured graph), ``layers`` (by policy, then staged), ``prefill``,
+            ``decode`` or ``training``.
         name: Of the pass; ``hoist`` is the step that moves what depends on weights to prepare.
         count: Places rewritten.
         added, removed: Operators of which there are more, or fewer, behind it, and how many.

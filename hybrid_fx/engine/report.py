@@ -74,7 +74,7 @@ def _module_layers(model: nn.Module, failure: str) -> tuple[LayerReport, ...]:
 def _training_notes(training: TrainingGraphs) -> list[str]:
     if training.failure:
         return [training.failure]
-    return [] if training.source else ["train_graph=True: the first training forward captures it"]
+    return [] if training.plan else ["train_graph=True: the first training forward captures it"]
 
 
 def build_explanation(
@@ -89,10 +89,10 @@ def build_explanation(
     """The report of an engine as it stands."""
     runner = graphs.runner
     notes = [graphs.failure] if graphs.failure else []
-    sources = {} if runner is None else dict(runner.plan.sources)
+    trained = None if training is None else training.plan
+    plans = [plan for plan in (runner and runner.plan, trained) if plan]
     if training is not None:
         notes += _training_notes(training)
-        sources |= {"train": training.source} if training.source else {}
     notes += _hook_notes(model)
     if config.lora == "side":
         notes.append('lora="side": adapters run as low-rank branches')
@@ -109,7 +109,7 @@ def build_explanation(
         kv_bytes=0 if runner is None else runner.workspace.nbytes,
         lora=_lora(config, graphs) + _other_adapters(model),
         fallbacks=dict(stats.fallbacks),
-        sources=sources,
+        sources={stage: source for plan in plans for stage, source in plan.sources.items()},
         notes=tuple(notes),
-        passes=pass_reports(runner.plan.manifest.passes) if passes and runner else (),
+        passes=pass_reports([row for plan in plans if passes for row in plan.manifest.passes]),
     )

@@ -74,7 +74,7 @@ class TrainingGraphs:
         lock: Held while a graph is captured and proven, as while generating.
 
     Attributes:
-        source: Of the graph that served last, or "".
+        plan: Of the graph that served last, or ``None``.
         failure: Why the latest call that was not served ran as the module, or "".
     """
 
@@ -91,7 +91,7 @@ class TrainingGraphs:
         self._lock = lock
         self._cache = open_cache(config)
         self._structures: OrderedDict[Any, _Structure] = OrderedDict()
-        self.source = ""
+        self.plan: Plan | None = None
         self.failure = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +112,7 @@ class TrainingGraphs:
                 )
             return self._model(*args, **kwargs)
         runner, proof = found
-        self.source = runner.plan.sources["train"]
+        self.plan = runner.plan
         self._stats.count("train_graph_calls")
         logits = runner.logits(
             call.input_ids,

@@ -16,11 +16,12 @@ from ..passes.driver import run_passes
 from ..passes.emit import emit
 from ..passes.layers import layer_paths
 from ..passes.operators import OPERATORS
-from ..passes.pipeline import TRAIN
+from ..passes.pipeline import NORMALIZE, TRAIN
 from ..passes.spec import THREADED
 from ..passes.thread_kv import kv_shapes
 from ..passes.thread_masks import MASKS
-from .build import kv_layers, normalize, number_weights
+from .build import kv_layers, number_weights
+from .log import logged
 from .plan import Manifest, Plan
 
 #: Parameters of ``train``. What a call was not given is ``None``.
@@ -48,10 +49,11 @@ def build_training_plan(
         IllegalGraphError: where an operation is not in the operator table.
     """
     _keep_gradient_hooks(captured)
-    graph = normalize(captured, training=True)
+    graph, context = captured, Context(training=True)
+    records = run_passes(graph, NORMALIZE, context)
     layers = layer_paths(graph)
     attentions = kv_layers(kv_shapes(graph))
-    run_passes(graph, TRAIN, Context(training=True), rules=THREADED)
+    records += run_passes(graph, TRAIN, context, rules=THREADED)
     weights = number_weights(graph)
     source = emit(
         graph,
@@ -70,6 +72,7 @@ def build_training_plan(
         kv=attentions,
         guards=dict(guards or {}),
         layers=tuple({"path": path, "whole": called - defined == len(layers)} for path in layers),
+        passes=tuple(logged("training", records)),
     )
     return Plan(manifest=manifest, sources={"train": source})
 

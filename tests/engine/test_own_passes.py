@@ -169,6 +169,18 @@ def test_passes_are_told_stage_by_stage_as_data_and_as_a_table() -> None:
     assert [row["name"] for row in told] == [row.name for row in report.passes]
 
 
+def test_passes_over_the_training_graph_are_told_behind_the_others() -> None:
+    ids = torch.randint(3, 40, (2, 5))
+    with hybrid_fx.hybridize(tiny("llama"), train_graph=True) as engine:
+        engine.train()
+        engine(input_ids=ids, labels=ids)
+        rows = engine.explain(passes=True).passes
+    trained = {row.name: row for row in rows if row.stage == "training"}
+    assert rows[-1].stage == "training"
+    assert trained["thread_masks"].count == 2
+    assert trained["keep_selected_tokens"].count == 1
+
+
 def test_a_plan_from_the_disk_tells_what_its_passes_did(tmp_path: Path) -> None:
     told = []
     for _ in range(2):
