@@ -32,10 +32,11 @@ def _halves(parts: fx.Node) -> bool:
     return name_of(parts) == "split" and equal
 
 
-def _written(first: fx.Node, written: set[fx.Node]) -> NoMatch | None:
-    """The fused operator reads what the first linear read, but where the last one stands."""
-    if written & {first, *first.all_input_nodes}:
-        return NoMatch(first.name, "values that nothing writes in place", "a write")
+def _written(written: set[fx.Node], *first: fx.Node) -> NoMatch | None:
+    """The fused operator reads what the first linears read, but where the last one stands."""
+    for node in first:
+        if written & {node, *node.all_input_nodes}:
+            return NoMatch(node.name, "values that nothing writes in place", "a write")
     return None
 
 
@@ -53,7 +54,7 @@ def _gated(graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]) -> f
     inner = {*found.nodes, parts, gate, up}
     if any(user not in inner for node in (joined, parts, gate, up) for user in node.users):
         return NoMatch(joined.name, "gate and up used by the MLP alone", "another user")
-    if (late := _written(joined, written)) is not None:
+    if (late := _written(written, joined)) is not None:
         return late
     x, weight, bias = joined.args
     down = (found["down"], found["down_bias"])
@@ -68,8 +69,8 @@ def _split_gated(
         return NoMatch(shared.name, "gate and up used by the MLP alone", "another user")
     if dtype_of(gate) != dtype_of(up) or not same_shape(shape_of(gate), shape_of(up)):
         return NoMatch(up.name, f"the dtype and shape of {gate.name}", "others")
-    if failure := _written(gate, written) or _written(up, written):
-        return failure
+    if (late := _written(written, gate, up)) is not None:
+        return late
     pieces = (*gate.args, *up.args[1:], found["down"], found["down_bias"])
     return call(graph, "split_gated_mlp", *pieces, kind, path=path_of(found.root))
 
@@ -81,7 +82,7 @@ def _plain(graph: fx.Graph, found: Match, kind: str, written: set[fx.Node]) -> f
         return NoMatch(up.name, "a linear up projection", name_of(up) or up.op)
     if any(user not in inner for user in up.users):
         return NoMatch(up.name, "an up projection used by the MLP alone", "another user")
-    if (late := _written(up, written)) is not None:
+    if (late := _written(written, up)) is not None:
         return late
     x, weight, bias = up.args
     down = (found["down"], found["down_bias"])

@@ -183,8 +183,13 @@ GROUPS = (
             ),
             Fault(
                 "a write between the linears of an MLP is overlooked",
-                "    if written & {first, *first.all_input_nodes}:\n",
-                "    if written & {first}:\n",
+                "        if written & {node, *node.all_input_nodes}:\n",
+                "        if written & {node}:\n",
+            ),
+            Fault(
+                "a write between gate and up is overlooked",
+                "_written(written, gate, up)",
+                "_written(written)",
             ),
             Fault(
                 "an MLP whose inner values others use is taken",

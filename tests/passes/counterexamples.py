@@ -83,6 +83,19 @@ def gated_input_written_inside() -> Example:
     return _told(graph, policy(LLAMA, "silu", gated=True))
 
 
+def input_written_between_gate_and_up() -> Example:
+    """Gate and up are linears of their own, and their input is written between the two."""
+    build = Builder()
+    x, path = _x(build), "layers.0.mlp"
+    gate = build.call("linear", x, build.weight("gate", 3, 4), None, path=f"{path}.gate_proj")
+    build.call("mul_", x, 0.5)
+    up = build.call("linear", x, build.weight("up", 3, 4), None, path=f"{path}.up_proj")
+    hidden = build.call("mul", build.call("silu", gate, path=path), up, path=path)
+    down = build.weight("down", 4, 3)
+    graph = build.output(build.call("linear", hidden, down, None, path=f"{path}.down_proj"))
+    return _told(graph, policy(LLAMA, "silu", gated=True))
+
+
 def norm_weight_written_behind_the_sum() -> Example:
     """The weight of a norm, a buffer, is written between the sum and the norm."""
     build = Builder()
@@ -215,7 +228,11 @@ FOUND: Mapping[str, tuple[Callable[[], Example], ...]] = {
         written_buffer_as_lora_factor,
         branch_that_broadcasts,
     ),
-    "fuse_mlp": (input_of_an_mlp_written_inside, gated_input_written_inside),
+    "fuse_mlp": (
+        input_of_an_mlp_written_inside,
+        gated_input_written_inside,
+        input_written_between_gate_and_up,
+    ),
     "fuse_add_norm": (norm_weight_written_behind_the_sum,),
     "concat_qkv": (projections_viewed_as_a_whole, one_tensor_as_two_inputs),
     "concat_gate_up": (adapters_beside_stacked_weights,),
