@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from ..errors import ConfigError, StrictError
+from ..errors import StrictError
 from ..passes.canonicalize import simplify, spell_calls
 from ..passes.contract import Context, Pipeline
 from ..passes.driver import PassRecord, run_passes
@@ -45,16 +45,15 @@ def hybrid_fx(
         gm: The graph Dynamo hands over; it is left as it is.
         example_inputs: What it was traced with.
         options: See :class:`~hybrid_fx.backend.options.BackendOptions`.
-        mode: A mode of ``torch.compile``, for ``inner="inductor"``.
+        mode: A mode of ``torch.compile``: inductor's, which lowers the graph then. torch takes
+            either a mode or options.
 
     Raises:
-        ConfigError: for unknown options, or a mode that ``inner`` does not have.
+        ConfigError: for unknown options.
         StrictError: with ``strict``, for a layer that is not rewritten. Dynamo hands errors of a
             backend on as the ``inner_exception`` of its ``BackendCompilerFailed``.
     """
-    chosen = make_options(options)
-    if mode and chosen.inner != "inductor":
-        raise ConfigError(f"mode={mode!r} is one of inductor; add options={{'inner': 'inductor'}}")
+    chosen = make_options({**(options or {}), "inner": "inductor"} if mode else options)
     module, report = rewrite(gm, chosen)
     log(report)
     if chosen.report is not None:

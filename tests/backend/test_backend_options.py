@@ -10,6 +10,7 @@ import torch
 from backend_models import Decoder, compiled
 from tiny_models import prompt, tiny
 from torch import Tensor, fx, nn
+from torch._dynamo.backends import registry
 
 from hybrid_fx.backend import BackendOptions, hybrid_fx
 from hybrid_fx.backend.options import make_options
@@ -53,11 +54,28 @@ def test_the_error_reaches_who_calls_the_compiled_model() -> None:
     assert isinstance(raised.value.inner_exception, ConfigError)
 
 
-def test_a_mode_of_inductor_is_refused_without_inductor() -> None:
+def test_a_mode_is_inductors(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def inductor(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        told.append(options)
+        return gm
+
     torch._dynamo.reset()
-    fast = torch.compile(Decoder(), backend=hybrid_fx, mode="max-autotune")
-    with pytest.raises(Exception, match="'inner': 'inductor'"):
-        fast(X)
+    model = Decoder()
+    fast = torch.compile(model, backend=hybrid_fx, mode="max-autotune-no-cudagraphs")
+    monkeypatch.setattr(registry, "lookup_backend", {"inductor": inductor}.__getitem__)
+    assert torch.equal(fast(X), model(X))
+    assert [options["config_patches"]["max_autotune"] for options in told] == [True]
+
+
+@pytest.mark.deep
+def test_a_mode_is_inductors_for_real() -> None:
+    torch._dynamo.reset()
+    model = Decoder()
+    fast = torch.compile(model, backend=hybrid_fx, mode="max-autotune-no-cudagraphs")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(X), model(X))
 
 
 def test_a_pass_of_ones_own_runs_where_it_fits_and_in_the_modes_it_is_for() -> None:
