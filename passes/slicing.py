@@ -3,7 +3,8 @@
 ``Slicer.slice(value, cut)`` gives the part of ``value`` that one rank owns along an axis, in whole
 units. It follows the cut through the calls that treat the axis place by place, back to the
 weights, which are cut themselves. A rule says for one kind of call which cuts of its arguments
-give a cut of its value; what has no rule cannot be followed.
+give a cut of its value; what has no rule cannot be followed. Nor can a value whose memory the
+graph writes, or one that is drawn: computed again, it would be another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 from torch import fx
 
 from .collectives import share
-from .graph import after, call, name_of, path_of, shape_of
+from .effects import written_memory
+from .graph import after, call, is_pure, name_of, path_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Slicer:
         self.made: set[fx.Node] = set()
         self._slices: dict[Part, fx.Node] = {}
         self._known: dict[Part, bool] = {}
+        self._written = written_memory(graph)
 
     def share(self, cut: Cut) -> tuple[int, int]:
         """Where this rank's places begin and end."""
@@ -111,7 +114,9 @@ class Slicer:
 
     def _step(self, part: Part) -> Recipe | Part | None:
         rule = RULES.get(str(name_of(part.of)))
-        return None if rule is None else rule(self, part.of, part.cut)
+        if rule is None or part.of in self._written or not is_pure(part.of):
+            return None
+        return rule(self, part.of, part.cut)
 
 
 def _parts(value: Any) -> list[Part]:

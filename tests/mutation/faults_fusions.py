@@ -282,6 +282,51 @@ GROUPS = (
                 "    if cut.axis >= len(_sizes(node)) - 1:\n        return None\n    x, *rest =",
                 "    x, *rest =",
             ),
+            Fault(
+                "what is written in place is computed again from what it was",
+                "if rule is None or part.of in self._written or not is_pure(part.of):",
+                "if rule is None or not is_pure(part.of):",
+                ("tests/passes/test_shard_claims.py",),
+            ),
+            Fault(
+                "what is drawn is drawn again on each rank",
+                "if rule is None or part.of in self._written or not is_pure(part.of):",
+                "if rule is None or part.of in self._written:",
+                ("tests/passes/test_shard_claims.py",),
+            ),
+            Fault(
+                "a cut of joined heads goes through the middle of one",
+                "        if cut.unit % inside:\n            return None\n",
+                "",
+            ),
+            Fault(
+                "a range is cut as if it began at the first place",
+                "return Part(source, replace(cut, start=cut.start + start))\n\n\ndef _piece",
+                "return Part(source, cut)\n\n\ndef _piece",
+            ),
+            Fault(
+                "a piece is cut as if it were the first",
+                "return Part(x, replace(cut, start=cut.start + start))",
+                "return Part(x, cut)",
+            ),
+        ),
+    ),
+    Group(
+        "shard_tp",
+        "passes/collectives.py",
+        ("tests/runtime/test_tensor_parallel.py::test_ranks_together_give_the_models_tokens",),
+        (
+            Fault(
+                "more ranks than heads: the later ones have none",
+                "return start * unit, max(start + 1, units * (rank + 1) // size) * unit",
+                "return start * unit, units * (rank + 1) // size * unit",
+            ),
+            Fault(
+                "places that fill up a rank's share are taken for places of the whole",
+                "part[..., :width] for part, width",
+                "part for part, width",
+                ("tests/runtime/test_tensor_parallel.py",),
+            ),
         ),
     ),
 )
