@@ -13,19 +13,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
+from record import compared, save, show
 from shapes import SHAPES, build
 
 import hybrid_fx
@@ -38,33 +32,25 @@ Step = Callable[[], None]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def milliseconds_a_token(generate: Side, new: int, clock: Callable[[], float]) -> float:
+def seconds_a_token(generate: Side, new: int, clock: Callable[[], float]) -> float:
     """Time of ``new`` tokens less that of one, for each token in between."""
     start = clock()
     generate(1)
     middle = clock()
     generate(new)
     end = clock()
-    return 1000 * ((end - middle) - (middle - start)) / (new - 1)
+    return ((end - middle) - (middle - start)) / (new - 1)
 
 
-def compare(a: Side, b: Side, args: argparse.Namespace) -> dict[str, Any]:
-    """Medians of both sides and of the ratios b / a, measured in turn."""
+def in_turn(a: Side, b: Side, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Seconds a token of both sides, measured in turn."""
     clock = CLOCKS[args.clock]
     for side in (a, b):
         side(args.new)
-    pairs = [
-        tuple(milliseconds_a_token(side, args.new, clock) for side in (a, b))
+    return [
+        (seconds_a_token(a, args.new, clock), seconds_a_token(b, args.new, clock))
         for _ in range(args.repeat)
     ]
-    ratios = sorted(y / x for x, y in pairs)
-    return {
-        "a_ms": statistics.median(x for x, _ in pairs),
-        "b_ms": statistics.median(y for _, y in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_min": ratios[0],
-        "ratio_max": ratios[-1],
-    }
 
 
 def side_of(model: Any, batch: int, prompt: int, device: str) -> Side:
@@ -93,8 +79,8 @@ def peers(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     for batch in args.batch:
         ours, theirs = (side_of(m, batch, args.prompt, args.device) for m in (model, plain))
         assert torch.equal(ours(8), theirs(8)) or args.dtype != "float32", "tokens differ"
-        result = compare(ours, theirs, args)
-        rows.append({"what": f"transformers / hybrid_fx, batch {batch}", "batch": batch, **result})
+        pairs = in_turn(ours, theirs, args)
+        rows.append(compared(f"transformers / hybrid_fx, batch {batch}", pairs, batch=batch))
     return rows
 
 
@@ -164,22 +150,6 @@ def passes(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def show(rows: list[dict[str, Any]], title: str) -> None:
-    """Print the table."""
-    table = Table(title=title)
-    for column in ("b / a", "b, ms", "a, ms", "ratio", "spread"):
-        table.add_column(column, justify="left" if column == "b / a" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["what"],
-            f"{row['b_ms']:.1f}",
-            f"{row['a_ms']:.1f}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}",
-        )
-    Console().print(table)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one comparison; ``--save`` writes it, dated, to ``benchmarks/results``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -206,19 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     show(rows, title)
     if args.save:
-        date = datetime.date.today().isoformat()
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
-        }
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, hybrid_fx)}
-        record = {"arguments": vars(args), "machine": machine, "versions": versions, "rows": rows}
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        name = f"{date}-{args.what}-{args.shape}-{args.dtype}-{args.device}-{args.graph}.json"
-        (folder / name).write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written: benchmarks/results/{name}")
+        name = f"{args.what}-{args.shape}-{args.dtype}-{args.device}-{args.graph}"
+        save(rows, args, name)
     return 0
 
 

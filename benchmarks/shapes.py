@@ -58,10 +58,14 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-def build(name: str, *, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """A model of shape ``name``; the same weights every time."""
+def build(
+    name: str, *, dtype: torch.dtype, device: str, layers: int | None = None
+) -> torch.nn.Module:
+    """A model of shape ``name``, of so many layers; the same weights every time."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=dtype)
+    config = SHAPES[name]()
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.to(device).eval()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RankError
+from .torch_collectives import all_gather_single
 
 #: What one rank says in a round, beside its state.
 Words = tuple[int, ...]
@@ -106,7 +107,7 @@ class Lockstep:
         mine = torch.tensor(row, dtype=torch.int64, device=self._device())
         rows = mine.new_empty(dist.get_world_size(self.group) * _WIDTH)
         try:
-            dist.all_gather_into_tensor(rows, mine, group=self.group)
+            all_gather_single(rows, mine, group=self.group)
         except RuntimeError as error:
             self._failed = True
             raise RankError(

@@ -1,7 +1,7 @@
 """Making sharded weights whole: a few large collectives, in an order that is the same on all ranks.
 
 A weight of n elements lies over W ranks as W equal 1-D shards, the last ones padded. Shards of
-several weights are put end to end, gathered by one ``all_gather_into_tensor`` into [W, sum], and
+several weights are put end to end, gathered by one all-gather into [W, sum], and
 cut apart again. The shards themselves are only read. Shape legend: W ranks.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .torch_collectives import all_gather_single
 
 Timer = Callable[[str], AbstractContextManager[Any]]
 
@@ -106,7 +108,7 @@ def gather(
     if ranks > 1:
         rows = staging.take("rows", ranks * mine.numel(), first)
         announce(sum(shard.nbytes for shard in bucket))
-        dist.all_gather_into_tensor(rows, mine, group=first.group)
+        all_gather_single(rows, mine, group=first.group)
     whole = []
     for shard, columns in zip(bucket, torch.split(rows.view(ranks, -1), sizes, 1), strict=True):
         flat = columns.new_empty(ranks * columns.shape[1])
