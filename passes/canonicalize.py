@@ -81,6 +81,17 @@ def _linear(graph: fx.Graph, node: fx.Node) -> Any:
     return call(graph, "linear", *node.args, None, path=path_of(node))
 
 
+def _matmul(graph: fx.Graph, node: fx.Node) -> Any:
+    """A product with a matrix is a linear over the matrix turned, by torch's own definition."""
+    x, matrix = node.args
+    sizes, shape = shape_of(x), shape_of(matrix)
+    if sizes is None or shape is None or len(shape) != 2 or len(sizes) < 2 or node.kwargs:
+        return None
+    turned = operator_name(getattr(matrix, "target", None)) == "t"
+    weight = matrix.args[0] if turned else call(graph, "t", matrix, path=path_of(node))
+    return call(graph, "linear", x, weight, None, path=path_of(node))
+
+
 def _times(graph: fx.Graph, node: fx.Node) -> Any:
     """A factor of one changes no value; where it changes no dtype either, it goes."""
     for value, factor in (node.args, node.args[::-1]):
@@ -132,6 +143,7 @@ _RULES: dict[str, Callable[[fx.Graph, fx.Node], Any]] = {
     "dropout": _dropout,
     "embedding": _embedding,
     "linear": _linear,
+    "matmul": _matmul,
     "getitem": _getitem,
     "mul": _times,
     "view": _view,

@@ -1,6 +1,7 @@
 """Merge LoRA branches into the weight they stand beside, as nodes that hoisting moves to prepare.
 
 ``linear(x, W, b) + s * linear(linear(x, A), B)`` becomes ``linear(x, fold_lora(W, A, B, s), b)``.
+PEFT writes it so; ``(x @ R @ L) * s`` of DeepSpeed-Chat is the same in canonical spelling.
 Several adapters fold at once, so that the sum is rounded once. DoRA (Liu et al. 2024) scales the
 rows of the sum; adapters on embeddings fold into the table. Base weights are read, never written.
 A site whose suffix is in ``context.side`` stays a branch.
@@ -16,7 +17,18 @@ from torch import fx
 from .binding import weight_only, weights_first
 from .contract import Context, Pass, PassResult
 from .effects import written_memory
-from .graph import call, calls, dtype_of, name_of, path_of, same_size, shape_of, sweep, tail_names
+from .graph import (
+    call,
+    calls,
+    dtype_of,
+    name_of,
+    path_of,
+    same_size,
+    shape_of,
+    sweep,
+    tail_names,
+    weight_name,
+)
 from .layers import layer_of
 from .pattern import Any, Call, Const, Either, Match, NoMatch, Opt, Pattern, match
 from .rewrite import reads_written, safe_to_replace
@@ -27,7 +39,7 @@ _LOW_RANK = Call("linear", Call("linear", _X, Any("a", node=True), _NONE), Any("
 _SCALE = Const("scale", (int, float))
 _BRANCH = Either(Call("mul", _LOW_RANK, _SCALE, commutes=True), _LOW_RANK)
 _TABLE_A = Call("embedding", Any("x", node=True), Any("a", node=True))
-_LOOKUP = Call("matmul", _TABLE_A, Any("b", node=True))
+_LOOKUP = Call("linear", _TABLE_A, Any("b", node=True), _NONE)
 _LOOKUP_BRANCH = Either(Call("mul", _LOOKUP, _SCALE, commutes=True), _LOOKUP)
 
 _BASE = Call("linear", Any("x", node=True), Any("weight"), Any("bias"), name="base")
@@ -104,7 +116,7 @@ def _as_wide(base: fx.Node, b: Value) -> bool:
     shape, whole = shape_of(b), shape_of(base)
     if shape is None or whole is None or len(shape) != 2:
         return False
-    return same_size(shape[0 if name_of(base) == "linear" else 1], whole[-1])
+    return same_size(shape[0], whole[-1])
 
 
 def _deltas(found: list[Match]) -> list[Value]:
@@ -174,12 +186,11 @@ def _fold_embedding(
     end, found = chain
     path = path_of(end.root)
     with graph.inserting_before(root):
-        # tables are [V, E] = (B A)^T: fold in the transposed sense, [E, V]
+        # tables are [V, E] = (B A)^T: fold in the transposed sense, [E, V]; A is looked up in too
         turned = call(graph, "t", end["weight"], path=path)
-        factors = [
-            call(graph, "t", v, path=path) if isinstance(v, fx.Node) else v for v in _deltas(found)
-        ]
-        folded = call(graph, "fold_lora", turned, *factors, path=path)
+        deltas = _deltas(found)
+        deltas[::3] = [call(graph, "t", a, path=path) for a in deltas[::3]]
+        folded = call(graph, "fold_lora", turned, *deltas, path=path)
         table = call(graph, "contiguous", call(graph, "t", folded, path=path), path=path)
         return call(graph, "embedding", end["x"], table, path=path)
 
@@ -216,13 +227,27 @@ def _left(graph: fx.Graph, told: set[str]) -> list[tuple[str, NoMatch]]:
     fixed = weight_only(graph)
     found = []
     for node in calls(graph, "linear", "embedding"):
-        module, adapter, _ = re.sub(r"lora_embedding_A", "lora_A", path_of(node)).partition(
-            ".lora_A."
-        )
-        if adapter and node not in fixed and module not in told:
+        module = _adapted_by(node)
+        if module and node not in fixed and module not in told:
             reason = NoMatch(node.name, "an adapter that folds", "a branch that stays")
             found.append((path_of(node), reason))
     return found
+
+
+def _adapted_by(node: fx.Node) -> str:
+    """The module whose branch begins with a call; "" for all other calls.
+
+    PEFT's factors are modules of their own; those of DeepSpeed-Chat belong to the linear itself.
+    """
+    factor = node.args[1]
+    while isinstance(factor, fx.Node) and name_of(factor) in ("t", "to", "gather"):
+        factor = factor.args[0]
+    module, _, name = str(weight_name(factor)).rpartition(".")
+    if name == "lora_right_weight":
+        return module
+    path = re.sub(r"lora_embedding_A", "lora_A", path_of(node))
+    module, factors, _ = path.partition(".lora_A.")
+    return module if factors else ""
 
 
 #: Not in training: a sum rounded to the weight's dtype can erase what was just learned.

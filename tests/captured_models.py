@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import transformers
+from chat_lora import chat_adapted
 from tiny_models import POSITIONS, VOCAB, adapted, reweigh, tiny
 from torch import fx
 
@@ -41,10 +42,12 @@ def decoder(kind: str, **changes: Any) -> Any:
 def captured(kind: str, lora: str = "") -> tuple[Any, fx.Graph]:
     """A tiny decoder and its graph as captured in eval; neither may be changed.
 
-    ``lora`` puts an adapter on it: ``"plain"``, ``"rs"`` or ``"dora"``.
+    ``lora`` puts an adapter on it: ``"plain"``, ``"rs"`` or ``"dora"`` of PEFT, or ``"chat"``.
     """
     model = decoder(kind)
-    if lora:
+    if lora == "chat":
+        model = chat_adapted(model)
+    elif lora:
         model = adapted(model, use_dora=lora == "dora", use_rslora=lora == "rs")
     return model, capture(model).graph
 

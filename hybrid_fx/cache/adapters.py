@@ -1,7 +1,8 @@
 """The adapter state of a model, read from its modules by what they carry; peft is not imported.
 
-Covered are PEFT's tuner layers (LoRA, IA3, LoHa ...), its wrappers for fully trained modules, and
-the modules at the root that keep the adapters' configs.
+Covered are PEFT's tuner layers (LoRA, IA3, LoHa ...), its wrappers for fully trained modules,
+the modules at the root that keep the adapters' configs, and linear layers that hold LoRA factors
+themselves, as those of DeepSpeed-Chat do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import nn
 
 Scalar = bool | int | float | str | None
 _SCALARS = (bool, int, float, str, type(None))
+
+#: The factors that a linear layer of DeepSpeed-Chat holds itself; its scalars are called lora too.
+_OWN_FACTORS = frozenset({"lora_right_weight", "lora_left_weight"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +78,17 @@ def adapter_state(module: nn.Module) -> AdapterState | None:
     kind = type(module)
     is_layer = hasattr(kind, "adapter_layer_names")
     kept = configs(module)
-    if not is_layer and not kept:
+    has_factors = module._parameters.keys() >= _OWN_FACTORS
+    if not is_layer and not kept and not has_factors:
         return None
     present = set(kept)
     numbers: list[tuple[str, str, Scalar]] = []
+    if has_factors:
+        numbers += [
+            (name, "", value)
+            for name, value in vars(module).items()
+            if "lora" in name and isinstance(value, _SCALARS)
+        ]
     if is_layer:
         listed: Any = module
         children = module._modules

@@ -22,7 +22,7 @@ def shapes(draw: st.DrawFn, /, **fixed: Any) -> Shape:
     """Choices of one decoder; ``fixed`` ones are not drawn."""
     names = fixed.get("names") or draw(st.sampled_from(FAMILIES))
     parts = [names.q, names.k, names.v, names.out, names.gate, names.up, names.down]
-    kinds = st.sampled_from(("one", "two", "rs", "dora"))
+    kinds = st.sampled_from(("one", "two", "rs", "dora", "chat"))
     adapters = draw(st.dictionaries(st.sampled_from(sorted({*parts})), kinds, max_size=4))
     drawn: dict[str, Any] = {
         "names": names,

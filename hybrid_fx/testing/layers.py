@@ -46,11 +46,20 @@ def _low_rank(draft: Draft, x: fx.Node, rows: int, path: str, name: str) -> fx.N
     return draft.call("linear", inner, b, None, path=second)
 
 
+def _own_factors(draft: Draft, x: fx.Node, rows: int, path: str) -> fx.Node:
+    """``x @ right @ left`` of factors in the linear layer itself, in canonical spelling."""
+    rank, size, dtype = draft.one((2, 1)), sizes_of(x)[-1], dtype_of(x) or torch.float32
+    for shape in ((size, rank), (rank, rows)):
+        factor = draft.call("t", draft.weight(*shape, dtype=dtype, path=path), path=path)
+        x = draft.call("linear", x, factor, None, path=path)
+    return x
+
+
 def adapted(draft: Draft, x: fx.Node, rows: int, path: str, bias: bool) -> fx.Node:
     """A linear with LoRA branches beside it, or DoRA, or plain."""
     dtype = dtype_of(x) or torch.float32
-    kind = draft.one(("plain", "lora", "two", "dora")) if draft.flag() else "plain"
-    inner = path if kind == "plain" else f"{path}.base_layer"
+    kind = draft.one(("plain", "lora", "two", "dora", "chat")) if draft.flag() else "plain"
+    inner = path if kind in ("plain", "chat") else f"{path}.base_layer"
     weight = draft.weight(rows, sizes_of(x)[-1], dtype=dtype, path=inner)
     held = draft.weight(rows, dtype=dtype, path=inner) if bias else None
     base = draft.call("linear", x, weight, held, path=inner)
@@ -62,8 +71,12 @@ def adapted(draft: Draft, x: fx.Node, rows: int, path: str, bias: bool) -> fx.No
         first = draft.call("mul", excess, alone, path=path)
         scaled = draft.call("mul", draft.call("mul", magnitude, low, path=path), 0.5, path=path)
         return draft.call("add", base, draft.call("add", first, scaled, path=path), path=path)
-    for name in {"plain": (), "lora": ("one",), "two": ("one", "two")}[kind]:
-        branch = _low_rank(draft, x, rows, path, name)
+    names = {"plain": (), "lora": ("one",), "two": ("one", "two"), "chat": ("own",)}[kind]
+    for name in names:
+        own = name == "own"
+        branch = (
+            _own_factors(draft, x, rows, path) if own else _low_rank(draft, x, rows, path, name)
+        )
         if draft.flag():
             branch = draft.call("mul", branch, draft.one((0.5, 2)), path=path)
         base = draft.call("add", *((branch, base) if draft.flag() else (base, branch)), path=path)

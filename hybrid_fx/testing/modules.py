@@ -94,10 +94,27 @@ class Adapted(nn.Module):
         return result
 
 
+class WithFactors(nn.Module):
+    """A linear that holds its LoRA factors itself, as DeepSpeed-Chat writes it."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        linear = nn.Linear(inputs, outputs, bias=bias)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_right_weight = nn.Parameter(torch.ones(inputs, 2))
+        self.lora_left_weight = nn.Parameter(torch.ones(2, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.dropout(x, 0.1, False) @ self.lora_right_weight @ self.lora_left_weight
+        return F.linear(x, self.weight, self.bias) + low * 0.5
+
+
 def _linear(shape: Shape, name: str, inputs: int, outputs: int) -> nn.Module:
     kind = dict(shape.adapters).get(name)
     if kind is None:
         return nn.Linear(inputs, outputs, bias=shape.biases)
+    if kind == "chat":
+        return WithFactors(inputs, outputs, shape.biases)
     return Adapted(inputs, outputs, shape.biases, kind)
 
 

@@ -78,6 +78,23 @@ def linear(draft: Draft) -> None:
     draft.call("linear", x, weight, bias)
 
 
+def product(draft: Draft) -> None:
+    """``x @ matrix``, of a weight or of any value that is a matrix."""
+    x = draft.value(lambda n: is_float(n) and _static(n) and len(sizes_of(n)) > 1)
+    if x is None:
+        return
+
+    def fits(n: fx.Node) -> bool:
+        shape = sizes_of(n)
+        return len(shape) == 2 and shape[0] == sizes_of(x)[-1] and dtype_of(n) == dtype_of(x)
+
+    matrix = draft.value(fits) if draft.flag() else None
+    if matrix is None:
+        columns, dtype = draft.one(WIDTHS), dtype_of(x) or torch.float32
+        matrix = draft.weight(sizes_of(x)[-1], columns, dtype=dtype)
+    draft.call("matmul", x, matrix)
+
+
 def norm(draft: Draft) -> None:
     """Layer norm, or softmax."""
     x = draft.value(lambda n: is_float(n) and _static(n))
@@ -157,5 +174,5 @@ def of_weights(draft: Draft) -> None:
 
 
 STEPS: tuple[Callable[[Draft], None], ...] = (
-    unary, scalar, binary, cast, linear, norm, view, join, reduce, lookup, of_weights
+    unary, scalar, binary, cast, linear, product, norm, view, join, reduce, lookup, of_weights
 )  # fmt: skip

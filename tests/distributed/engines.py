@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from chat_lora import chat_adapted
 from tiny_models import adapted, prompt, tiny
 from torch import Tensor
 
@@ -36,9 +37,11 @@ def ds_config(
     }
 
 
-def make(lora: bool, dtype: torch.dtype = torch.float32, kind: str = "llama") -> Any:
-    """A tiny model; the same weights at each call, on each rank."""
+def make(lora: bool | str, dtype: torch.dtype = torch.float32, kind: str = "llama") -> Any:
+    """A tiny model; the same weights at each call, on each rank. ``lora``: PEFT's, or "chat"."""
     model = tiny(kind, dtype=dtype)
+    if lora == "chat":
+        return chat_adapted(model, dropout=0.0)
     return adapted(model, autocast_adapter_dtype=False, lora_dropout=0.0) if lora else model
 
 
@@ -72,7 +75,7 @@ def weights(engine: Any) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
-def plain(held: Mapping[str, Tensor], lora: bool, kind: str = "llama") -> Any:
+def plain(held: Mapping[str, Tensor], lora: bool | str, kind: str = "llama") -> Any:
     """A model of transformers alone, in the precision of the weights ``held``, on these."""
     dtype = next(iter(held.values())).dtype
     model = make(lora, dtype, kind)
@@ -82,7 +85,7 @@ def plain(held: Mapping[str, Tensor], lora: bool, kind: str = "llama") -> Any:
     return model.eval()
 
 
-def hf_tokens(held: Mapping[str, Tensor], lora: bool, given: Mapping[str, Any]) -> Tensor:
+def hf_tokens(held: Mapping[str, Tensor], lora: bool | str, given: Mapping[str, Any]) -> Tensor:
     """What transformers generates on the weights ``held``."""
     with plain_linear():
         found: Tensor = plain(held, lora).generate(**given)

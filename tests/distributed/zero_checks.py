@@ -16,7 +16,9 @@ from hybrid_fx.capture import plain_linear
 CYCLES = 2
 
 
-def _never_generated(config: dict[str, Any], rank: int, lora: bool) -> tuple[list[Tensor], Any]:
+def _never_generated(
+    config: dict[str, Any], rank: int, lora: bool | str
+) -> tuple[list[Tensor], Any]:
     import deepspeed
 
     config = {**config, "hybrid_engine": {"enabled": False}}
@@ -25,7 +27,7 @@ def _never_generated(config: dict[str, Any], rank: int, lora: bool) -> tuple[lis
     return losses, weights(engine)
 
 
-def _is_hf(engine: Any, rank: int, lora: bool, bf16: bool) -> None:
+def _is_hf(engine: Any, rank: int, lora: bool | str, bf16: bool) -> None:
     given = call(rank)
     if not bf16:
         expected = hf_tokens(weights(engine), lora, given)
@@ -35,7 +37,7 @@ def _is_hf(engine: Any, rank: int, lora: bool, bf16: bool) -> None:
     _close_in_bf16(engine, lora, given)
 
 
-def _close_in_bf16(engine: Any, lora: bool, given: dict[str, Any]) -> None:
+def _close_in_bf16(engine: Any, lora: bool | str, given: dict[str, Any]) -> None:
     """No further from float32 than 1.5 times what transformers in bf16 is."""
     options = {"return_dict_in_generate": True, "output_logits": True}
     out = engine.generate(**given, **options)
@@ -52,7 +54,7 @@ def _close_in_bf16(engine: Any, lora: bool, given: dict[str, Any]) -> None:
     assert (got - wide).norm() <= 1.5 * (narrow - wide).norm()
 
 
-def cycles(rank: int, *, stage: int, lora: bool, bf16: bool, changes: Any = None) -> None:
+def cycles(rank: int, *, stage: int, lora: bool | str, bf16: bool, changes: Any = None) -> None:
     """Tokens are those of transformers in each cycle, and training that of DeepSpeed alone."""
     config = ds_config(stage, bf16=bf16, **(changes or {}))
     expected, trained = _never_generated(config, rank, lora)
@@ -71,7 +73,7 @@ def cycles(rank: int, *, stage: int, lora: bool, bf16: bool, changes: Any = None
     assert engine.explain().matched == engine.explain().total == 2
 
 
-def cell(stage: int, *, lora: bool = False, bf16: bool = False, **changes: Any) -> Check:
+def cell(stage: int, *, lora: bool | str = False, bf16: bool = False, **changes: Any) -> Check:
     """The check :func:`cycles` of one combination."""
     return functools.partial(cycles, stage=stage, lora=lora, bf16=bf16, changes=changes)
 

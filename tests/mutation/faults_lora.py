@@ -80,6 +80,16 @@ GROUPS = (
                 'call(graph, "contiguous", folded, path=path)',
             ),
             Fault(
+                "the second factor of an embedding is turned, and the first is not",
+                'deltas[::3] = [call(graph, "t", a, path=path) for a in deltas[::3]]',
+                'deltas[1::3] = [call(graph, "t", b, path=path) for b in deltas[1::3]]',
+            ),
+            Fault(
+                "a branch of factors in the linear itself is not told of",
+                'if name == "lora_right_weight":',
+                'if name == "":',
+            ),
+            Fault(
                 "DoRA on another base is folded",
                 'if not found or found["base_again"] is not found["base"]:',
                 "if not found:",
@@ -156,6 +166,18 @@ GROUPS = (
                 "places that stay branches are not told to the pass",
                 "context = Context(layers=layers, side=side,",
                 "context = Context(layers=layers,",
+            ),
+        ),
+    ),
+    Group(
+        "fold_lora",
+        "hybrid_fx/cache/adapters.py",
+        ("tests/laws/test_lora_chat.py::test_every_state_of_the_layers_is_followed",),
+        (
+            Fault(
+                "the scaling of factors in the linear itself is no state",
+                "    if has_factors:\n        numbers += [",
+                "    if not has_factors:\n        numbers += [",
             ),
         ),
     ),

@@ -16,6 +16,24 @@ GROUPS = (
                 "    if not moved and not copied:\n        return source",
             ),
             Fault(
+                "a product with a matrix reads it as the weight of a linear",
+                "weight = matrix.args[0] if turned else call",
+                "weight = matrix if turned else call",
+                ("tests/passes/test_canonical_products.py",),
+            ),
+            Fault(
+                "a product with many matrices is a linear",
+                "or len(shape) != 2 or len(sizes) < 2 or node.kwargs:",
+                "or len(sizes) < 2 or node.kwargs:",
+                ("tests/passes/test_canonical_products.py",),
+            ),
+            Fault(
+                "a vector times a matrix is a linear",
+                "or len(shape) != 2 or len(sizes) < 2 or node.kwargs:",
+                "or len(shape) != 2 or node.kwargs:",
+                ("tests/passes/test_canonical_products.py",),
+            ),
+            Fault(
                 "dropout that is on goes",
                 "    return node.args[0] if training is False or rate == 0 else None",
                 "    return node.args[0]",

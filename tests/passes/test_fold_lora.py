@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import pytest
 import torch
 from captured_models import canonical, model_of
@@ -12,7 +14,7 @@ from torch import fx
 from hybrid_fx.passes.binding import weight_only
 from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.fold_lora import fold_lora, site_of
-from hybrid_fx.passes.graph import calls
+from hybrid_fx.passes.graph import calls, name_of, weight_name
 from hybrid_fx.passes.spec import check_graph
 
 PLACE = "model.layers.0.self_attn.q_proj"
@@ -25,6 +27,7 @@ PLACE = "model.layers.0.self_attn.q_proj"
         ("llama", "rs", "fold_lora"),
         ("llama", "dora", "fold_dora"),
         ("gpt2", "plain", "fold_lora"),
+        ("llama", "chat", "fold_lora"),
     ],
 )
 def test_every_adapter_folds_and_keeps_the_numbers(kind: str, lora: str, operator: str) -> None:
@@ -36,13 +39,23 @@ def test_every_adapter_folds_and_keeps_the_numbers(kind: str, lora: str, operato
     assert through(graph, "fold_lora", told=told) == [sites]
     assert count(graph, operator) == sites
     fixed = weight_only(graph)
-    branches = [n for n in calls(graph, "linear") if "lora_A" in n.meta["path"]]
-    assert all(node in fixed for node in branches), "no adapter reads the tokens any more"
+    assert not _branches(graph, fixed), "no adapter reads the tokens any more"
     assert all(node in fixed for node in calls(graph, operator)), "all of it goes to prepare"
     assert far(logits(graph, given), before) < 1e-5
     after = text(graph)
     assert through(graph, "fold_lora", told=told) == [0]
     assert text(graph) == after
+
+
+def _branches(graph: fx.Graph, fixed: Container[fx.Node] = ()) -> list[fx.Node]:
+    """The first calls of adapters, but for those in ``fixed``."""
+    found = []
+    for node in calls(graph, "linear"):
+        factor = node.args[1].args[0] if name_of(node.args[1]) == "t" else None
+        own = str(weight_name(factor)).endswith("lora_right_weight")
+        if node not in fixed and (own or "lora_A" in node.meta["path"]):
+            found.append(node)
+    return found
 
 
 def test_a_graph_without_adapters_keeps_its_calls() -> None:
@@ -52,13 +65,15 @@ def test_a_graph_without_adapters_keeps_its_calls() -> None:
     assert sorted(text(graph).split("\n")) == before
 
 
-def test_a_site_that_is_to_stay_stays_a_branch() -> None:
-    graph = canonical("llama", "plain")
-    given = weights(model_of("llama", "plain"))
+@pytest.mark.parametrize("lora", ["plain", "chat"])
+def test_a_site_that_is_to_stay_stays_a_branch(lora: str) -> None:
+    graph = canonical("llama", lora)
+    given = weights(model_of("llama", lora))
     before = logits(graph, given)
     told = layers_of(graph, side=frozenset({"self_attn.q_proj"}))
     assert through(graph, "fold_lora", told=told) == [12]
-    left = [n for n in calls(graph, "linear") if "lora_A" in n.meta["path"]]
+    left = _branches(graph)
+    assert len(left) == 2
     assert {site_of(n.meta["path"].split(".lora_A")[0]) for n in left} == {"self_attn.q_proj"}
     again = fold_lora(graph, told)
     assert [path.split(".lora_A")[0] for path, _ in again.misses] == [
@@ -235,7 +250,7 @@ def test_an_adapter_on_the_embedding_folds_into_the_table() -> None:
     place = "model.embed_tokens"
     base = build.call("embedding", ids, table, path=place)
     low = build.call("embedding", ids, build.call("t", a, path=place), path=place)
-    branch = build.call("matmul", low, build.call("t", b, path=place), path=place)
+    branch = build.call("linear", low, b, None, path=place)
     total = build.call("add", base, build.call("mul", branch, 0.5, path=place), path=place)
     graph = build.output(total)
     given = values(graph)

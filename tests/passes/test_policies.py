@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from captured_models import canonical, model_of
 from policy_graphs import layers_of, logits, through, weights
 from small_graphs import far
@@ -97,7 +98,7 @@ def test_policies_have_names_of_their_own() -> None:
 
 
 class _Projection(nn.Module):
-    """A projection of another kind: a plain product, or a linear of something else."""
+    """A projection of another kind: a sum of products, or a linear of something else."""
 
     def __init__(self, projection: nn.Linear, *, product: bool) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class _Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.product:
-            return x @ self.inner.weight.T
+            return torch.einsum("bti,oi->bto", x, self.inner.weight)
         result: Tensor = self.inner(x.tanh())
         return result
 
@@ -122,7 +123,7 @@ def test_a_layer_with_a_replaced_projection_declines_at_the_node_and_others_matc
     missed = second.missing["q"]
     assert set(second.missing) == {"q"}
     assert missed.expected == "linear with 3 arguments"
-    assert missed.found == f"matmul ({missed.node})"
+    assert missed.found == f"einsum ({missed.node})"
     through(graph, "concat_qkv")
     assert len(calls(graph, "concat_rows")) == 1, "the other layer is rewritten"
 

@@ -1,0 +1,36 @@
+"""LoRA in the form of DeepSpeed-Chat under every ZeRO stage, on two gloo processes."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'hybrid_fx[deepspeed]'")
+pytest.importorskip("peft", reason="needs peft: pip install 'hybrid_fx[peft]'")
+
+import chat_checks as chat
+from two_ranks import run
+from zero_checks import cell
+
+
+def test_layers_that_hold_their_factors_train_and_generate_under_every_stage() -> None:
+    run(
+        cell(0, lora="chat", bf16=True),
+        partial(chat.both_factors_are_trained_and_folded, stage=0),
+        partial(chat.both_factors_are_trained_and_folded, stage=1),
+        cell(2, lora="chat"),
+        partial(chat.every_state_of_the_layers_is_followed, stage=2),
+        partial(chat.both_factors_are_trained_and_folded, stage=3),
+        cell(3, lora="chat", bf16=True),
+        partial(chat.every_state_of_the_layers_is_followed, stage=3),
+        chat.a_state_that_one_rank_alone_changed_is_refused,
+    )
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_stage_and_precision_with_layers_that_hold_their_factors(world: int) -> None:
+    cells = itertools.product((0, 1, 2, 3), (False, True))
+    run(*(cell(stage, lora="chat", bf16=bf16) for stage, bf16 in cells), world=world)
