@@ -227,7 +227,7 @@ class HybridEngine:
         if not self._closed:
             with self._lock:
                 self._graphs.read() if self._source.sharded else self._graphs.ready()
-        return build_explanation(
+        report = build_explanation(
             self.module,
             self._options,
             self._graphs,
@@ -235,6 +235,9 @@ class HybridEngine:
             self._training_graphs,
             passes=passes,
         )
+        if self._training and self._options.release_inference_cache and not self._running:
+            self._release()
+        return report
 
     def close(self) -> None:
         """Put everything back: the model's generate, torch's hooks, all inference memory."""

@@ -87,8 +87,9 @@ class PreparedTensors:
         self._next = []
 
     def release(self) -> None:
-        """Give all memory back."""
-        self.tensors, self._next = [], []
+        """Give all memory back, also where the frames of a caught error still hold the list."""
+        self.tensors.clear()
+        self._next = []
         self._kept = [None] * len(self._wanted)
 
 

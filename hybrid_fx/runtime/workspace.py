@@ -108,7 +108,7 @@ class Workspace:
         return memory.view(self.rows, self.pitch, *memory.shape[1:])
 
     def release(self) -> None:
-        """Give the memory back."""
-        self._memory = []
-        self.keys, self.values = [], []
+        """Give the memory back, also where the frames of a caught error still hold the lists."""
+        for held in (self._memory, self.keys, self.values):
+            held.clear()
         self._slots = self.rows = self.pitch = 0

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import call, ds_config, hf_tokens, make, start, train, weights
+from engines import call, ds_config, make, start, train, weights
+from zero_checks import is_hf
 
 #: ZeRO-3 puts the weights of a model file together only where it is asked to.
 _GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -28,11 +29,6 @@ MODES: dict[str, Callable[[Any, int], object]] = {
 def _config(stage: int, **changes: Any) -> dict[str, Any]:
     zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     return ds_config(stage, zero={**zero, **(_GATHERS if stage == 3 else {})}, **changes)
-
-
-def _is_hf(engine: Any, rank: int, lora: bool | str = False) -> None:
-    expected = hf_tokens(weights(engine), lora, call(rank))
-    assert torch.equal(engine.generate(**call(rank)), expected)
 
 
 def _differs(one: Any, other: Any, where: str = "") -> str:
@@ -93,7 +89,7 @@ def nothing_of_inference_is_saved(rank: int, stage: int, lora: bool | str, folde
         assert list(saved) == list(wanted)
         assert not _differs(saved, wanted), (mode, _differs(saved, wanted))
         assert not _differs(engine.module_state_dict(), plain.module_state_dict())
-        _is_hf(engine, rank, lora)
+        is_hf(engine, rank, lora, False)
     train(engine, rank)
     assert _differs(_save(engine, folder / "later"), wanted)
 
@@ -121,8 +117,7 @@ def a_checkpoint_is_loaded_in_any_mode(rank: int, stage: int, folder: Path, **ch
         assert engine.load_checkpoint(str(folder), tag="two steps")[0] is not None
         assert engine.weight_version == version + 1
         assert all(torch.equal(tensor, held[name]) for name, tensor in weights(engine).items())
-        if not config["bf16"]["enabled"]:
-            _is_hf(engine, rank)
+        is_hf(engine, rank, False, config["bf16"]["enabled"])
         if turn % 2:
             assert torch.equal(train(engine, rank, 7), expected)
     assert engine.stats.counters["prepares"] >= len(MODES)
@@ -150,9 +145,9 @@ def it_is_loaded_elsewhere(
     assert path is not None
     held = torch.load(folder / f"{source}.whole")
     assert all(torch.equal(tensor, held[name]) for name, tensor in weights(engine).items())
-    _is_hf(engine, rank)
+    is_hf(engine, rank, False, False)
     train(engine, rank)
-    _is_hf(engine, rank)
+    is_hf(engine, rank, False, False)
 
 
 def a_load_that_deepspeed_refuses_leaves_an_engine_that_generates(
@@ -163,7 +158,7 @@ def a_load_that_deepspeed_refuses_leaves_an_engine_that_generates(
     engine.generate(**call(rank))
     with pytest.raises(Exception):  # noqa: B017 - DeepSpeed's own, of any kind
         engine.load_checkpoint(str(folder / str(source)), tag="saved", **options)
-    _is_hf(engine, rank)
+    is_hf(engine, rank, False, False)
 
 
 def weights_put_together_from_shards_are_generated_from(
@@ -181,4 +176,4 @@ def weights_put_together_from_shards_are_generated_from(
         if rank == 0 or target < 3:
             engine.module.load_state_dict(state)
     assert all(torch.equal(tensor, held[name]) for name, tensor in weights(engine).items())
-    _is_hf(engine, rank)
+    is_hf(engine, rank, False, False)

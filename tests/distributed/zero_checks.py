@@ -27,7 +27,8 @@ def _never_generated(
     return losses, weights(engine)
 
 
-def _is_hf(engine: Any, rank: int, lora: bool | str, bf16: bool) -> None:
+def is_hf(engine: Any, rank: int, lora: bool | str, bf16: bool) -> None:
+    """What the engine generates is what transformers does; in bfloat16, its logits are as near."""
     given = call(rank)
     if not bf16:
         expected = hf_tokens(weights(engine), lora, given)
@@ -62,9 +63,9 @@ def cycles(rank: int, *, stage: int, lora: bool | str, bf16: bool, changes: Any 
     losses = []
     for seed in range(CYCLES):
         engine.eval()
-        _is_hf(engine, rank, lora, bf16)
+        is_hf(engine, rank, lora, bf16)
         losses.append(train(engine, rank, seed))
-    _is_hf(engine, rank, lora, bf16)
+    is_hf(engine, rank, lora, bf16)
     assert all(map(torch.equal, losses, expected))
     for name, tensor in weights(engine).items():
         assert torch.equal(tensor, trained[name]), name

@@ -1,0 +1,42 @@
+"""The memory of live tensors, counted by storage.
+
+Cycles that only the garbage collector would free count as live: memory that waits for it is not
+given back. So the collector is off around what is measured.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that some tensor of this process holds."""
+    found: dict[int, int] = {}
+    for value in gc.get_objects():
+        # By the type itself: isinstance() asks objects that answer with warnings.
+        kind = type(value)
+        if not issubclass(kind, Tensor) or issubclass(kind, FakeTensor):
+            continue
+        if not value.is_meta and value.layout == torch.strided:
+            storage = value.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return sum(found.values())
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """No cycle is collected inside the block; those of before are."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
