@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import HybridConfig
 from ..engine.engine import HybridEngine
+from .rank_board import RankBoard, open_board
 from .seam import DeepSpeedEngine, free_gathered, is_sharded, share_rng_state
 from .source import ShardedSource, WrappedSource
 
@@ -20,7 +21,12 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
     :meth:`generate` is collective at its beginning: every rank calls it equally often; lengths and
     early stops may differ. Edits of master weights by ``deepspeed.utils.safe_set_*`` are seen with
     the next step; after others that nothing can see, call :meth:`weights_changed` on any rank.
+
+    Of several ranks, rank 0 logs the latencies of all in one line, see
+    :class:`~hybrid_fx.distributed.rank_board.RankBoard`; :attr:`stats` are this rank's own.
     """
+
+    _board: RankBoard | None
 
     __call__ = DeepSpeedEngine.__call__
     __getattr__ = DeepSpeedEngine.__getattr__
@@ -59,7 +65,10 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
             args = (*args[:_BEFORE_SYNCED], False, *args[_BEFORE_SYNCED + 1 :])
         elif self._source.sharded or "synced_gpus" in kwargs:
             kwargs["synced_gpus"] = False
-        return super().generate(*args, **kwargs)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._look_at_board()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's step. Where it changed the weights, they have another version.
@@ -71,6 +80,7 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
         if self.was_step_applied() and self._tracker.raised == before:
             self._tracker.mark("DeepSpeedEngine.step()")
             self._after_step()
+        self._look_at_board()
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's; the weights have another version afterwards."""
@@ -78,6 +88,10 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
             return DeepSpeedEngine.load_checkpoint(self, *args, **kwargs)
         finally:
             self._tracker.mark("load_checkpoint()")
+
+    def _look_at_board(self) -> None:
+        if self._board is not None:
+            self._board.look()
 
     def fuse_lora_weight(self) -> None:
         """Does nothing: adapters are folded into prepared weights, never into the model's."""
@@ -88,6 +102,8 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
     def close(self) -> None:
         """As of a :class:`HybridEngine`; what is left is the DeepSpeedEngine of before."""
         super().close()
+        if self._board is not None:
+            self._board.flush()
         self.__class__ = self._plain_class
         for name in self._added:
             self.__dict__.pop(name, None)
@@ -113,6 +129,9 @@ def attach(engine: Any, options: HybridConfig) -> DeepSpeedHybridEngine:
     engine.__class__ = kind
     try:
         engine._begin(source, options)
+        engine._board = open_board(lambda: int(engine.global_steps))
+        if engine._board is not None:
+            engine.stats.on_record = engine._board.close
     except BaseException:
         engine.__class__ = plain
         raise

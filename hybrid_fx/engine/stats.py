@@ -32,6 +32,11 @@ COUNTERS: tuple[str, ...] = (
 )
 
 
+def log_record(record: object) -> None:
+    """Log the line of one iteration at INFO."""
+    _LOG.info("%s", record)
+
+
 class Timer:
     """One span of time, used as ``with stats.timer("decode") as span: span.tokens += rows``.
 
@@ -82,6 +87,7 @@ class Stats:
         kv_bytes_peak: The most it ever held.
         seconds: Timer name to exclusive seconds so far.
         tokens: Timer name to tokens so far.
+        on_record: Told each iteration as it is closed; logs its line unless replaced.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class Stats:
         self._kv_most = 0  # in this iteration
         self.seconds: dict[str, float] = {}
         self.tokens: Counter[str] = Counter()
+        self.on_record: Callable[[Iteration], object] = log_record
         self._clock = clock
         self._synchronize = synchronize
         self._stack: list[Timer] = []
@@ -169,7 +176,7 @@ class Stats:
     # -- iterations --------------------------------------------------------------------------
 
     def next_iteration(self) -> Iteration | None:
-        """Close the iteration, log its line at INFO, and begin the next.
+        """Close the iteration, hand it to :attr:`on_record`, and begin the next.
 
         Called where the engine switches to generating. An iteration in which no timer ran and no
         sample came is not closed but goes on: a second ``eval()`` in a row changes nothing.
@@ -191,7 +198,7 @@ class Stats:
         self.iterations.append(record)
         self._start = now
         self._before, self._kv_most = self._snapshot(), self.kv_bytes
-        _LOG.info("%s", record)
+        self.on_record(record)
         return record
 
     @property

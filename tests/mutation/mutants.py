@@ -6,6 +6,7 @@ import faults_attention
 import faults_engine
 import faults_fusions
 import faults_lora
+import faults_ranks
 import faults_runtime
 import faults_spelling
 import faults_staging
@@ -24,5 +25,6 @@ MUTANTS: list[Mutant] = mutants_of(
         *faults_runtime.GROUPS,
         *faults_engine.GROUPS,
         *faults_training.GROUPS,
+        *faults_ranks.GROUPS,
     )
 )
