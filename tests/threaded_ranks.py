@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+#: Held while a plan is loaded: CPython 3.11 counts the depth of its parser for all threads alike.
+LOADING = threading.Lock()
+
 
 class Meeting:
     """What the ranks share: a place for each, and a barrier."""
@@ -25,12 +28,30 @@ class Rank:
         self.meeting, self.rank = meeting, rank
         self.calls: list[str] = []
 
-    def _exchange(self, x: Tensor) -> list[Tensor]:
+    def _exchange(self, x: Any) -> list[Any]:
         self.meeting.held[self.rank] = x
         self.meeting.barrier.wait(60)
         held = list(self.meeting.held)
         self.meeting.barrier.wait(60)
         return held
+
+    def step(self, *words: int) -> list[tuple[int, ...] | None]:
+        """One round, as of a lockstep."""
+        self.calls.append("step")
+        return self._exchange(words)
+
+    def share(self, mine: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """What each rank holds."""
+        held = self._exchange(mine)
+        assert [part.numel() for part in held] == list(counts)
+        return held
+
+    def finish(self, serve: Callable[[Any], None]) -> None:
+        """Answer rounds until all ranks have finished."""
+        said = self._exchange(None)
+        while any(words is not None for words in said):
+            serve(said)
+            said = self._exchange(None)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self.calls.append("all_reduce")

@@ -23,12 +23,13 @@ class HybridBlock:
     Attributes:
         enabled: Without it, ``initialize`` is DeepSpeed's.
         max_out_tokens: Positions to reserve per row at least; never a cap.
-        inference_tp_size: Ranks that generate together, each with a slice of the weights; 1 only.
+        inference_tp_size: Ranks that generate together, each with a slice of the weights:
+            consecutive ones, or those of the mpu's group. It divides the number of ranks.
         release_inference_cache: Free the KV workspace and the prepared weights after every
             generate.
         pin_parameters: Under ZeRO-3, gather all parameters at once, before generating.
-        tp_gather_partition_size: Layers in a group of the tensor-parallel gather. Without effect
-            where ``inference_tp_size`` is 1.
+        tp_gather_partition_size: Layers that one gather makes whole at most, where
+            ``inference_tp_size`` is above 1 under ZeRO-3. Without effect elsewhere.
         enable_cuda_graph: Accepted, without effect.
 
     Raises:

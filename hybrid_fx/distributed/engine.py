@@ -9,9 +9,11 @@ from typing import Any
 
 from ..config import HybridConfig
 from ..engine.engine import HybridEngine
+from .block import HybridBlock
 from .rank_board import RankBoard, open_board
 from .seam import DeepSpeedEngine, free_gathered, is_sharded, share_rng_state
 from .source import ShardedSource, WrappedSource
+from .team import make_team
 
 
 class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc]
@@ -19,7 +21,9 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
 
     Forward, backward, step, checkpoints and attributes are DeepSpeed's. Under ZeRO-3
     :meth:`generate` is collective at its beginning: every rank calls it equally often; lengths and
-    early stops may differ. Edits of master weights by ``deepspeed.utils.safe_set_*`` are seen with
+    early stops may differ. With ``inference_tp_size`` it is collective as a whole in each team of
+    ranks: prompts, numbers of rows (none too) and lengths may differ, other options must not.
+    Edits of master weights by ``deepspeed.utils.safe_set_*`` are seen with
     the next step; after others that nothing can see, call :meth:`weights_changed` on any rank.
 
     Of several ranks, rank 0 logs the latencies of all in one line, see
@@ -56,14 +60,19 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
         return self
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As of a :class:`HybridEngine`. ``synced_gpus`` is accepted: decoding is not collective.
+        """As of a :class:`HybridEngine`. ``synced_gpus`` is accepted: ranks may end at any length.
 
-        Under ZeRO-3 a call whose arguments are refused on one rank raises on all of them.
+        Under ZeRO-3, and in a team of ranks, a call whose arguments are refused on one rank
+        raises on all of them.
+
+        Raises:
+            InputError: as of a :class:`HybridEngine`; and where the options of a team differ.
+            RankError: where another rank raised, or is gone.
         """
         # Left to itself, transformers keeps the ranks of ZeRO-3 in step at each token.
         if len(args) > _BEFORE_SYNCED:
             args = (*args[:_BEFORE_SYNCED], False, *args[_BEFORE_SYNCED + 1 :])
-        elif self._source.sharded or "synced_gpus" in kwargs:
+        elif self._source.collective or "synced_gpus" in kwargs:
             kwargs["synced_gpus"] = False
         try:
             return super().generate(*args, **kwargs)
@@ -113,13 +122,20 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
 _BEFORE_SYNCED = 5
 
 
-def attach(engine: Any, options: HybridConfig) -> DeepSpeedHybridEngine:
+def attach(engine: Any, options: HybridConfig, block: HybridBlock) -> DeepSpeedHybridEngine:
     """Give an initialised DeepSpeedEngine the generating of a hybrid engine. Collective.
 
     Every rank takes over the random state of rank 0, as under DeepSpeed's hybrid engine.
+
+    Raises:
+        ConfigError: where ``inference_tp_size`` does not divide the ranks; nothing was changed.
     """
-    sharded = any(is_sharded(parameter) for parameter in engine.module.parameters())
-    source = ShardedSource(engine.module) if sharded else WrappedSource(engine.module)
+    team = make_team(block.inference_tp_size, engine.mpu)
+    if any(is_sharded(parameter) for parameter in engine.module.parameters()):
+        layers = block.tp_gather_partition_size
+        source: WrappedSource = ShardedSource(engine.module, team, layers)
+    else:
+        source = WrappedSource(engine.module, team)
     plain = type(engine)
     kind: type = DeepSpeedHybridEngine
     if plain is not DeepSpeedEngine:

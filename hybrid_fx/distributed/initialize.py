@@ -15,6 +15,7 @@ from ..config import HybridConfig, make_config
 from ..errors import ConfigError, HybridError, InputError
 from .block import OPTIONS, HybridBlock, options_of
 from .refusals import Setup, check_engine, check_model, check_options, check_setup
+from .team import check_degree, world_size
 
 
 def _need_deepspeed() -> None:
@@ -84,9 +85,10 @@ def initialize(
     if not block.enabled:
         return seam.plain_initialize(**arguments)
     options = options_of(settings, block)
-    check_options(options)
+    check_options(options, block)
     check_setup(Setup(config=settings, block=block, mpu=mpu, mesh=mesh_param))
-    check_model(model, pipeline=seam.is_pipeline(model), experts=seam.has_experts(model))
+    check_degree(block.inference_tp_size, mpu, world_size())
+    _check_whole(model, pipeline=seam.is_pipeline(model))
     _check_generates(model)
     # DeepSpeed would build a hybrid engine of its own.
     plain = {name: value for name, value in settings.items() if name != OPTIONS}
@@ -100,7 +102,7 @@ def initialize(
     seam.say_enabled(engine, asdict(block))
     from .engine import attach
 
-    return (attach(engine, options), *others)
+    return (attach(engine, options, block), *others)
 
 
 def take_over(
@@ -129,11 +131,12 @@ def take_over(
     settings = seam.config_of(engine)
     block = HybridBlock.of(settings)
     options = make_config(options_of(settings, block) if config is None else config, overrides)
-    check_options(options)
+    check_options(options, block)
     check_setup(Setup(config=settings, block=block, mpu=engine.mpu))
-    check_model(engine.module, pipeline=False, experts=seam.has_experts(engine.module))
+    check_degree(block.inference_tp_size, engine.mpu, world_size())
+    _check_whole(engine.module, pipeline=False)
     _check_generates(engine.module)
-    return attach(engine, options)
+    return attach(engine, options, block)
 
 
 def _given_config(args: Any, config: Any, config_params: Any) -> Any:
@@ -142,6 +145,13 @@ def _given_config(args: Any, config: Any, config_params: Any) -> Any:
         if found is not None:
             return found
     return None
+
+
+def _check_whole(model: Any, *, pipeline: bool) -> None:
+    from . import seam
+
+    sliced = seam.sliced_part(model)
+    check_model(model, pipeline=pipeline, experts=seam.has_experts(model), sliced=sliced)
 
 
 def _check_generates(model: Any) -> None:

@@ -7,11 +7,12 @@ finished, and one that raised says so, so that none waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import RankError
 from .torch_collectives import all_gather_single
@@ -27,7 +28,7 @@ class Lockstep:
     """The rounds of one group of ranks.
 
     Args:
-        group: The process group.
+        group: The process group; ``None`` is that of all ranks.
         device: Where its collectives run.
     """
 
@@ -63,10 +64,30 @@ class Lockstep:
         said = self.step(*words)
         if odd := [rank for rank, other in enumerate(said) if other != said[0]]:
             self._failed = True
+            names = [self.name(rank) for rank in (odd[0], 0)]
             raise RankError(
-                f"rank {odd[0]} would not gather what rank 0 does: something went wrong with its "
-                "graphs that did not on rank 0; see the log of both"
+                f"rank {names[0]} would not do what rank {names[1]} does: something went wrong "
+                f"with its graphs that did not on rank {names[1]}; see the log of both"
             )
+
+    def share(self, mine: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """What each rank holds: 1-D, of ``counts`` elements, which all ranks know. Collective.
+
+        Raises:
+            RankError: where another rank is gone.
+        """
+        widest = max(counts)
+        if not widest:
+            return [mine.new_empty(0) for _ in counts]
+        padded = mine.new_zeros(widest)
+        padded[: mine.numel()] = mine
+        rows = mine.new_empty(len(counts) * widest)
+        self._all_gather(rows, padded)
+        return [row[:n] for row, n in zip(rows.view(-1, widest), counts, strict=True)]
+
+    def name(self, rank: int) -> int:
+        """What a rank of the group is called in the whole job."""
+        return rank if self.group is None else int(dist.get_global_rank(self.group, rank))
 
     def finish(self, serve: Callable[[list[Words | None]], None]) -> None:
         """Nothing is left to do here: answer until that holds for all ranks. Collective.
@@ -97,7 +118,8 @@ class Lockstep:
         if failed:
             self._failed = True
             raise RankError(
-                f"rank {failed[0]} raised an error in its generate; this rank stops with it"
+                f"rank {self.name(failed[0])} raised an error in its generate; this rank stops "
+                "with it"
             )
         return [tuple(row[1:]) if row[0] == _WORKS else None for row in rows]
 
@@ -106,13 +128,21 @@ class Lockstep:
         row += [0] * (_WIDTH - len(row))
         mine = torch.tensor(row, dtype=torch.int64, device=self._device())
         rows = mine.new_empty(dist.get_world_size(self.group) * _WIDTH)
+        self._all_gather(rows, mine)
+        found: list[list[int]] = rows.view(-1, _WIDTH).tolist()
+        return found
+
+    def _all_gather(self, rows: Tensor, mine: Tensor) -> None:
         try:
             all_gather_single(rows, mine, group=self.group)
         except RuntimeError as error:
             self._failed = True
-            raise RankError(
-                f"another rank of this generate is gone, or silent for longer than the process "
-                f"group waits: {error}"
-            ) from error
-        found: list[list[int]] = rows.view(-1, _WIDTH).tolist()
-        return found
+            raise gone(error) from error
+
+
+def gone(error: RuntimeError) -> RankError:
+    """What to raise where a collective failed with ``error``."""
+    return RankError(
+        "another rank of this generate is gone, or silent for longer than the process group "
+        f"waits: {error}"
+    )

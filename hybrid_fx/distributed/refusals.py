@@ -52,15 +52,9 @@ def _above_one(value: Any) -> bool:
     return isinstance(value, int) and value > 1
 
 
-def _degree(mpu: Any, *names: str) -> int:
-    """The largest degree that a model-parallel unit states under one of ``names``."""
-    stated = [getattr(mpu, f"get_{name}_world_size", None) for name in names]
-    return max([int(ask()) for ask in stated if ask is not None], default=1)
-
-
-def _tensor_parallel(setup: Setup) -> bool:
-    names = ("model_parallel", "tensor_model_parallel")
-    return _above_one(setup.at("tensor_parallel", "autotp_size")) or _degree(setup.mpu, *names) > 1
+def _sequence_degree(mpu: Any) -> int:
+    ask = getattr(mpu, "get_sequence_parallel_world_size", None)
+    return 1 if ask is None else int(ask())
 
 
 def _sequence_parallel(setup: Setup) -> bool:
@@ -68,7 +62,7 @@ def _sequence_parallel(setup: Setup) -> bool:
     return (
         _above_one(setup.at("sequence_parallel_size"))
         or any(_above_one(size) for size in mesh[1:])
-        or _degree(setup.mpu, "sequence_parallel") > 1
+        or _sequence_degree(setup.mpu) > 1
     )
 
 
@@ -86,19 +80,28 @@ def _nvme(setup: Setup) -> bool:
 
 _OFFLOADED = ("param", "optimizer")
 
+
+def _unpinned(setup: Setup) -> bool:
+    return setup.stage == 3 and not setup.block.pin_parameters
+
+
 #: (what is not supported, whether a setup has it, what to do instead)
 RULES: tuple[tuple[str, Callable[[Setup], bool], str], ...] = (
     (
-        "hybrid_engine.inference_tp_size above 1 (tensor-parallel generation)",
-        lambda setup: setup.block.inference_tp_size > 1,
-        "set it to 1: every rank then generates its own prompts on the whole model",
+        "hybrid_engine.inference_tp_size above 1 with pin_parameters=false under ZeRO stage 3",
+        lambda setup: _unpinned(setup) and setup.block.inference_tp_size > 1,
+        "set pin_parameters to true: each rank then keeps its share of the weights",
     ),
     (
         "hybrid_engine.pin_parameters=false under ZeRO stage 3 (gathering layer by layer)",
-        lambda setup: setup.stage == 3 and not setup.block.pin_parameters,
+        lambda setup: _unpinned(setup) and setup.block.inference_tp_size == 1,
         "set it to true: all parameters are gathered once for each version of the weights",
     ),
-    ("tensor parallelism (AutoTP, or an mpu of degree above 1)", _tensor_parallel, "use ZeRO"),
+    (
+        "AutoTP, which slices the model to train it",
+        lambda setup: _above_one(setup.at("tensor_parallel", "autotp_size")),
+        "leave tensor_parallel out, and set hybrid_engine.inference_tp_size",
+    ),
     ("sequence parallelism", _sequence_parallel, "set its size to 1"),
     (
         "offloading to NVMe",
@@ -145,8 +148,8 @@ def check_setup(setup: Setup) -> None:
         )
 
 
-def check_options(options: HybridConfig) -> None:
-    """Refuse options that would have no effect.
+def check_options(options: HybridConfig, block: HybridBlock) -> None:
+    """Refuse options that would have no effect, or that no graph of several ranks takes.
 
     Raises:
         ConfigError: naming the option, and the remedy.
@@ -155,6 +158,11 @@ def check_options(options: HybridConfig) -> None:
         raise ConfigError(
             "train_graph=True is not supported under DeepSpeed, whose own forward trains; leave "
             "it out"
+        )
+    if options.graph != "eager" and block.inference_tp_size > 1:
+        raise ConfigError(
+            f"graph={options.graph!r} does not lower graphs with collectives in them; set "
+            'graph="eager", or hybrid_engine.inference_tp_size to 1'
         )
 
 
@@ -171,8 +179,13 @@ def check_engine(kind: str) -> None:
         )
 
 
-def check_model(model: nn.Module, *, pipeline: bool, experts: bool) -> None:
+def check_model(model: nn.Module, *, pipeline: bool, experts: bool, sliced: str) -> None:
     """Refuse models that are spread over ranks by more than ZeRO.
+
+    Args:
+        pipeline: Whether it is cut into stages.
+        experts: Whether its experts differ from rank to rank.
+        sliced: A weight or module of which this rank has a slice, or "".
 
     Raises:
         ConfigError: naming what it is, and the remedy.
@@ -186,4 +199,9 @@ def check_model(model: nn.Module, *, pipeline: bool, experts: bool) -> None:
         raise ConfigError(
             f"hybrid_fx does not generate with DeepSpeed's MoE layers (in {type(model).__name__}): "
             "their experts differ from rank to rank; use the model's own experts and ZeRO"
+        )
+    if sliced:
+        raise ConfigError(
+            f"hybrid_fx does not generate with a model that is sliced already ({sliced}): its "
+            "collectives are its own; pass the whole model and set hybrid_engine.inference_tp_size"
         )

@@ -63,14 +63,15 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_tensor")
 
 
-def shard_of(parameter: Tensor) -> Shard:
-    """This rank's part of a sharded parameter."""
+def shard_of(parameter: Tensor, layer: str = "") -> Shard:
+    """This rank's part of a sharded parameter, which belongs to ``layer``."""
     held: Any = parameter
     return Shard(
         part=held.ds_tensor,
         shape=held.ds_shape,
         device=held.device,
         group=held.ds_process_group,
+        layer=layer,
     )
 
 
@@ -137,6 +138,17 @@ def is_pipeline(model: object) -> bool:
 def has_experts(model: nn.Module) -> bool:
     """Whether ``model`` holds DeepSpeed's mixture-of-experts layers."""
     return any(type(module).__module__.startswith("deepspeed.moe") for module in model.modules())
+
+
+def sliced_part(model: nn.Module) -> str:
+    """A module or weight of which each rank has a slice, for an error; "" where there is none."""
+    for path, module in model.named_modules():
+        if type(module).__module__ == "deepspeed.module_inject.layers":
+            return f"{path}, a {type(module).__name__} of AutoTP"
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "tensor_model_parallel", False):
+            return f"{name}, marked tensor_model_parallel"
+    return ""
 
 
 def free_gathered(engine: Any) -> None:

@@ -34,12 +34,14 @@ class Shard:
         shape: Of the whole weight.
         device: Where the whole weight belongs; the part may be elsewhere.
         group: The process group it is sharded over.
+        layer: The path of the layer it belongs to; "" for none.
     """
 
     part: Tensor
     shape: torch.Size
     device: torch.device
     group: Any
+    layer: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -51,19 +53,28 @@ def _kind(shard: Shard) -> tuple[Any, ...]:
     return id(shard.group), shard.part.dtype, shard.device
 
 
-def buckets(shards: Sequence[Shard], limit: int = BUCKET_BYTES) -> Iterator[list[Shard]]:
+def buckets(
+    shards: Sequence[Shard], limit: int = BUCKET_BYTES, layers: int | None = None
+) -> Iterator[list[Shard]]:
     """Cut ``shards`` into runs of one collective each: one group, dtype and device, near ``limit``.
 
     The order is kept within a kind; kinds follow each other as their first members stand.
+
+    Args:
+        limit: Bytes of whole weights.
+        layers: How many layers a run may reach over; what stands outside of layers, which is
+            asked for at other times, has runs of its own then. ``None``: any number.
     """
     kinds: dict[tuple[Any, ...], list[Shard]] = {}
     for shard in shards:
-        kinds.setdefault(_kind(shard), []).append(shard)
+        outside = layers is not None and not shard.layer
+        kinds.setdefault((outside, *_kind(shard)), []).append(shard)
     for members in kinds.values():
         bucket: list[Shard] = []
         size = 0
         for shard in members:
-            if bucket and size + shard.nbytes > limit:
+            reached = len({one.layer for one in (*bucket, shard)})
+            if bucket and (size + shard.nbytes > limit or reached > (layers or reached)):
                 yield bucket
                 bucket, size = [], 0
             bucket.append(shard)
@@ -128,8 +139,10 @@ class ShardGather:
         lent: The addresses of the model's own storages, as they are now.
         announce: See :func:`gather`.
         limit: See :data:`BUCKET_BYTES`.
+        layers: See :func:`buckets`.
 
     Attributes:
+        change: What is made of a part and its whole weight before it is handed over.
         collectives: How many were issued so far.
         staging: Memory of the collectives.
     """
@@ -141,8 +154,11 @@ class ShardGather:
         *,
         announce: Callable[[int], object] = lambda nbytes: None,
         limit: int = BUCKET_BYTES,
+        layers: int | None = None,
     ) -> None:
+        self.change: Callable[[Tensor, Tensor], Tensor] | None = None
         self._find = find
+        self._layers = layers
         self._announce = announce
         self._limit = limit
         self.staging = Staging()
@@ -158,11 +174,15 @@ class ShardGather:
         known = self._find()
         wanted = {id(weight): known[id(weight)] for weight in weights if id(weight) in known}
         self._timer, self._lent = timer, self._find_lent()
-        for bucket in buckets(list(wanted.values()), self._limit):
+        for bucket in buckets(list(wanted.values()), self._limit, self._layers):
             self._bucket_of |= dict.fromkeys((id(shard.part) for shard in bucket), bucket)
 
     def __call__(self, weight: Tensor) -> Tensor:
         """See :class:`~hybrid_fx.runtime.prepared.Gather`."""
+        whole = self._gathered(weight)
+        return whole if self.change is None else self.change(weight, whole)
+
+    def _gathered(self, weight: Tensor) -> Tensor:
         bucket = self._bucket_of.get(id(weight))
         if bucket is None:
             return weight

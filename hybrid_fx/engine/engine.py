@@ -141,6 +141,11 @@ class HybridEngine:
             if self._training:
                 self._begin_generating()
             self.stats.count("generate_calls")
+            if self._running and self._source.collective:
+                raise EngineClosedError(
+                    "another generate is running on this engine, in which ranks wait for each "
+                    "other; generate from a processor or streamer by another model"
+                )
             self._running += 1
             self._graphs.begin()
             # Memory made in inference mode could never be refilled outside of it.
@@ -167,6 +172,7 @@ class HybridEngine:
             strict=self._options.strict,
             plain_generate=functools.partial(self._generate_by_module, model, plain),
             warned=self._warned,
+            on_settings=self._source.say if self._source.collective else None,
         )
 
     def _note_fallback(self, reason: str) -> None:
@@ -195,6 +201,8 @@ class HybridEngine:
         self, model: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """transformers' generate on the module itself, its forwards counted."""
+        if self._source.joint and not self._graphs.agreed:
+            self._graphs.ready(whole=True)
         if self._source.sharded:
             if not self._graphs.weights:
                 self._graphs.ready(whole=True)
@@ -220,13 +228,13 @@ class HybridEngine:
 
         With ``passes``, also what each pass did: places, nodes added and removed, time.
 
-        Captures and prepares the model if that did not happen yet; where no process has all of the
-        weights, it only captures, and needs no other rank. ``print()`` shows a table,
+        Captures and prepares the model if that did not happen yet; where several ranks generate
+        together, it only captures, and needs no other rank. ``print()`` shows a table,
         ``.render(sources=True)`` the sources too, ``.as_dict()`` gives the same as data.
         """
         if not self._closed:
             with self._lock:
-                self._graphs.read() if self._source.sharded else self._graphs.ready()
+                self._graphs.read() if self._source.collective else self._graphs.ready()
         report = build_explanation(
             self.module,
             self._options,

@@ -14,25 +14,23 @@ import torch
 from torch import Tensor
 
 from ..config import HybridConfig
-from ..errors import HybridError, RankError, StrictError
-from ..generate import causal_lm, position_limit
+from ..errors import HybridError, StrictError
+from ..generate import Runner, causal_lm, position_limit
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
 from ..runtime.lowering import by_inductor
 from ..runtime.probe import Verdict, probe
 from .plans import Plans
-from .proof import by_graph, by_module, said, telling
+from .proof import Reference, by_graph, by_module, by_walk, said, telling, told_apart
 from .source import Ask, Source
 from .stats import Stats
+from .together import NO_MEMORY, Together, fault_of
 from .versions import WeightTracker
 
 logger = logging.getLogger("hybrid_fx")
 
 #: Fold an adapter only where rounding takes less than this share of it (law of ``lora="auto"``).
 FOLD_LIMIT = 0.05
-
-#: Says nothing about a plan: what ran out may be there the next time.
-_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class ModelGraphs:
@@ -41,6 +39,7 @@ class ModelGraphs:
     Attributes:
         runner: Of the plan in use; ``None`` before the first use and where capture failed.
         weights: All of the weights, in a call in which some rank runs the module itself.
+        agreed: Whether all ranks have agreed on what the call in progress takes.
         failure: Why the model runs as the original module, or "".
         errors: Measured relative error of folding, by adapted place; empty where not measured.
     """
@@ -54,11 +53,12 @@ class ModelGraphs:
         self._stats = stats
         self._tracker = tracker
         self._plans = Plans(source, config, stats)
+        self._team = Together(source)
         self.runner: PlanRunner | None = None
         self.failure = ""
         self.errors: dict[str, float] = {}
         self.weights: Mapping[str, Tensor] = {}
-        self._agreed = False
+        self.agreed = False
         self._stamp: Any = None
         self._digest = ""
         self._unmatched = ""
@@ -69,7 +69,7 @@ class ModelGraphs:
 
     def begin(self) -> None:
         """A call begins: where sharded, all ranks will agree once on what it takes."""
-        self._agreed = False
+        self.agreed = False
         self._source.begin()
 
     def finish(self) -> None:
@@ -88,7 +88,7 @@ class ModelGraphs:
         """The call has ended; the module no longer runs."""
         self.weights = {}
 
-    def ready(self, *, whole: bool = False) -> PlanRunner | None:
+    def ready(self, *, whole: bool = False) -> Runner | None:
         """A runner whose prepared tensors belong to the weights as they are now.
 
         Args:
@@ -101,13 +101,14 @@ class ModelGraphs:
         Raises:
             StrictError: under ``strict=True``, where a layer or the model is not rewritten.
             RankError: where another rank raised, or has another model.
+            InputError: where ranks that generate together were asked for different things.
         """
         # A caller's autocast must enter neither the graphs nor what is prepared from the weights.
         with torch.no_grad(), torch.autocast(self._device().type, enabled=False):
             self._follow(whole)
         if reason := self.failure or self._unmatched:
             self._refuse_if_strict(reason)
-        return self.runner
+        return self.runner and self._source.joined(self.runner, self._stats.timer)
 
     def read(self) -> None:
         """Find the plan of the model as it stands, in this process alone; prepare nothing."""
@@ -119,7 +120,7 @@ class ModelGraphs:
 
     def _follow(self, whole: bool) -> None:
         """Bring plan and prepared tensors up to the model as it stands."""
-        if whole and self._agreed:
+        if whole and self.agreed:
             raise HybridError(
                 "this call left the rewritten graphs after all ranks had agreed that it runs on "
                 "them; call it without the option that does, or under ZeRO stage 2"
@@ -132,18 +133,21 @@ class ModelGraphs:
             prove=stale and self._proven is not self.runner,
             whole=whole or bool(self.failure),
         )
-        self._agreed = True
+        self.agreed = True
         agreed = self._source.agree(wanted, self._contract())
         if not self.failure and (agreed.prepare or agreed.prove):
             self._prepare(agreed.prove)
             self._prepared_version = version
         if self._source.sharded and (agreed.whole or self.failure):
             self.weights = self._source.whole(self._stats.timer)
+        self._source.prepared()
 
     def _contract(self) -> str:
-        """What decides which weights are gathered and in which order."""
+        """What decides which weights are gathered and in which order, and what is computed."""
         if self._folding is None:
             return ""
+        if self._source.joint:  # each rank has sources of its own
+            return self._digest + repr(self._folding.plan.manifest.weights)
         return self._folding.plan.sources["prepare"] + repr(self._folding.plan.manifest.weights)
 
     def _refuse_if_strict(self, reason: str) -> None:
@@ -168,7 +172,7 @@ class ModelGraphs:
         try:
             plan = self._plans.plan()
             self._folding = self.runner = self._make_runner(plan)
-        except _NO_MEMORY:
+        except NO_MEMORY:
             raise
         except Exception as error:  # a model that does not compile generates all the same
             self._fail("not captured", error)
@@ -194,6 +198,7 @@ class ModelGraphs:
             limit=self._limit(),
             max_out_tokens=self._config.max_out_tokens,
             timer=self._stats.timer,
+            group=self._source.group,
             gather=self._source.gather,
         )
 
@@ -203,6 +208,11 @@ class ModelGraphs:
     def _limit(self) -> int | None:
         return position_limit(causal_lm(self._model).config)
 
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which rank of how many compute the model together."""
+        return self._source.shard
+
     def tensors(self) -> dict[str, Tensor]:
         """What holds each parameter and buffer in this process, by qualified name."""
         return self._source.tensors()
@@ -210,9 +220,11 @@ class ModelGraphs:
     def _prepare(self, prove: bool) -> None:
         """Run the prepare graph on the weights as they are; choose where LoRA folds first."""
         with self._stats.timer("prepare"):
-            tensors = self._source.whole(self._stats.timer) if prove else self.tensors()
+            whole = prove and not self._in_part
+            tensors = self._source.whole(self._stats.timer) if whole else self.tensors()
             wrong = self._prepare_proven(tensors, prove)
-            if wrong is not None and self._plans.stored:
+            (stored,) = self._source.any(wrong is not None and self._plans.stored)
+            if wrong is not None and stored:
                 warnings.warn(
                     f"hybrid_fx: the stored plan of {type(self._model).__name__} is not used "
                     f"({said(wrong)}); the model is captured again and the file replaced",
@@ -221,30 +233,40 @@ class ModelGraphs:
                 )
                 self._plans.distrust()
                 self._load()
-                wrong = None if self.failure else self._prepare_proven(tensors, prove)
-            if wrong is not None:
+                wrong = self._team.shared(self.failure or None)
+                wrong = wrong if wrong is not None else self._prepare_proven(tensors, prove)
+            if wrong is not None and not self.failure:
                 self._fail("the rewritten graphs do not reproduce it", wrong)
 
     def _prepare_proven(self, tensors: dict[str, Tensor], prove: bool) -> object:
         """Prepare; at a plan's first use, prove it before. Returns what is wrong with it."""
-        try:
-            self._choose_side(tensors)
+        wrong = self._team.shared(fault_of(lambda: self._choose_side(tensors)))
+        needed = self._proven is not self.runner or (prove and self._source.joint)
+        if wrong is None and needed:
+            # A choice of sides that was not made before is proven on all ranks, or on none.
+            if not prove and not self._in_part:
+                tensors = self._source.whole(self._stats.timer)
+            wrong = self._prove(tensors)
+        if wrong is None:
             assert self.runner is not None
-            if self._proven is not self.runner:
-                # A choice of sides that was not made before is proven on all ranks, or on none.
-                tensors = tensors if prove else self._source.whole(self._stats.timer)
-                verdict = self._compare(tensors)
-                if verdict.difference:
-                    return verdict.difference
-                if verdict.settled:
-                    self._proven = self.runner
-        except (*_NO_MEMORY, RankError):
-            raise
-        except Exception as error:
-            return error
-        self.runner.prepare(tensors)
-        self._stats.count("prepares")
-        return None
+            self.runner.prepare(tensors)
+            self._stats.count("prepares")
+        return wrong
+
+    def _prove(self, tensors: dict[str, Tensor]) -> object:
+        """Hold the plan in use against the forward it came from. Returns what is wrong with it."""
+        found: list[Verdict] = []
+        wrong = fault_of(lambda: found.append(self._compare(tensors)))
+        if wrong is None and found[0].difference:
+            wrong = found[0].difference
+        if (wrong := self._team.shared(wrong)) is None and found[0].settled:
+            self._proven = self.runner
+        return wrong
+
+    @property
+    def _in_part(self) -> bool:
+        """Whether no rank is to hold all weights at once: several share them for their size."""
+        return self._source.sharded and self._source.joint
 
     def _choose_side(self, tensors: dict[str, Tensor]) -> None:
         assert self._folding is not None
@@ -262,16 +284,30 @@ class ModelGraphs:
 
     def _compare(self, tensors: dict[str, Tensor]) -> Verdict:
         """Hold the plan in use against the forward it came from."""
-        assert self.runner is not None
-        changed = telling(tensors, [weight.name for weight in self.runner.plan.manifest.weights])
+        runner, gather = self.runner, self._source.gather
+        assert runner is not None
+        if self._in_part:
+            assert gather is not None
+            reference = by_walk(
+                self._plans.captured(),
+                tensors,
+                gather,
+                self._stats.timer,
+                then=lambda: self._team.all(lambda: runner.prepare(tensors)),
+            )
+            with self._source.disguise(told_apart):
+                return self._probe(reference)
+        changed = telling(tensors, [weight.name for weight in runner.plan.manifest.weights])
         weights = tensors | changed
-        self.runner.prepare(weights)
+        self._team.all(lambda: runner.prepare(weights))
         if self._plans.canonical is None:
             # A sharded parameter holds nothing itself: all of them are given.
             given = weights if self._source.sharded else changed
-            reference = by_module(self._source.runnable(), given)
-        else:
-            reference = by_graph(self._plans.canonical, weights)
+            return self._probe(by_module(self._source.runnable(), given))
+        return self._probe(by_graph(self._plans.canonical, weights))
+
+    def _probe(self, reference: Reference) -> Verdict:
+        assert self.runner is not None
         try:
             return probe(self.runner, reference, self._limit())
         finally:

@@ -80,15 +80,16 @@ class Plans:
 
     def plan(self, side: frozenset[str] = frozenset()) -> Plan:
         """The plan in which the adapted modules ``side`` keep their LoRA as a branch."""
-        name = self.digest
-        if side:
-            name = hashlib.sha256(f"{name} {sorted(side)}".encode()).hexdigest()
+        name, shard = self.digest, self._source.shard
+        if side or shard[1] > 1:
+            which = f" of {shard}" if shard[1] > 1 else ""
+            name = hashlib.sha256(f"{name} {sorted(side)}{which}".encode()).hexdigest()
         distrusted = self._distrusted and name not in self._built
         plan = None if distrusted else find_plan(self._cache, name, self._stats)
         if plan is not None:
             self.stored = name not in self._built
             return plan
-        canonical = self._canonical_graph()
+        canonical = self.captured()
         plan = build_plan(
             canonical,
             model=type(causal_lm(self._source.model)).__name__,
@@ -99,13 +100,15 @@ class Plans:
             passes=self._passes,
             policies=self._policies,
             before=self._normalized,
+            shard=shard,
         )
         self._cache.put(name, plan)
         self.stored = False
         self._built.add(name)
         return plan
 
-    def _canonical_graph(self) -> fx.Graph:
+    def captured(self) -> fx.Graph:
+        """The canonical graph of the structure, captured where that was not needed before."""
         if self.canonical is None:
             captured = capture(self._source.structure())
             self._stats.count("captures")

@@ -71,6 +71,16 @@ def _module_layers(model: nn.Module, failure: str) -> tuple[LayerReport, ...]:
     return ()
 
 
+def _team_notes(shard: tuple[int, int], layers: tuple[LayerReport, ...]) -> list[str]:
+    rank, size = shard
+    if size == 1:
+        return []
+    missed = (layer.path for layer in layers if any(m.what == "shard_tp" for m in layer.missed))
+    paths = ", ".join(missed)
+    whole = f"; attention is whole on each of them in {paths}" if paths else ""
+    return [f"{size} ranks generate together, and this one is number {rank} of them{whole}"]
+
+
 def _training_notes(training: TrainingGraphs) -> list[str]:
     if training.failure:
         return [training.failure]
@@ -98,6 +108,7 @@ def build_explanation(
         notes.append('lora="side": adapters run as low-rank branches')
     rows = () if runner is None else runner.plan.manifest.layers
     layers = tuple(map(_layer, rows)) if rows else _module_layers(model, graphs.failure)
+    notes += _team_notes(graphs.shard, layers)
     weights = {t.untyped_storage()._cdata: t for t in graphs.tensors().values()}
     return Explanation(
         layers=layers,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ..cache.stamp import Stamp, structure_stamp
 from ..cache.tree import View
+from ..generate import Runner
+from ..passes.collectives import Group
+from ..runtime import PlanRunner
 from ..runtime.prepared import Gather
 from ..runtime.session import Timer
 
@@ -42,17 +46,33 @@ class Source:
         view: What of its modules is its own.
         gather: Makes the arguments of a prepare graph whole; ``None`` where they are.
         sharded: Whether no process has all of the weights, so that generating is collective.
+        shard: Which rank of how many compute the model together.
+        group: Their collectives within a forward; ``None`` where that is one.
     """
 
     view: View
     gather: Gather | None
     sharded: bool
+    shard: tuple[int, int]
+    group: Group | None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.view = View()
         self.gather = None
         self.sharded = False
+        self.shard = (0, 1)
+        self.group = None
+
+    @property
+    def collective(self) -> bool:
+        """Whether ranks generate together, so that each must call generate where others do."""
+        return self.sharded or self.joint
+
+    @property
+    def joint(self) -> bool:
+        """Whether several ranks compute each forward together."""
+        return self.shard[1] > 1
 
     def stamp(self) -> Stamp:
         """See :func:`hybrid_fx.cache.stamp.structure_stamp`."""
@@ -74,6 +94,10 @@ class Source:
         """Every parameter and buffer whole, by its names. Collective where sharded."""
         return self.tensors()
 
+    def disguise(self, change: Callable[[str, Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Meanwhile, what is gathered is handed over as ``change(name, whole)`` gives it."""
+        return nullcontext()
+
     def fill(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Give ``model``, of :meth:`runnable`, the weights of :meth:`whole`, to run on."""
 
@@ -87,6 +111,28 @@ class Source:
             RankError: where another rank raised, or has another contract.
         """
         return ask
+
+    def say(self, settings: Mapping[str, str]) -> None:
+        """What this generate was asked for, where ranks that generate together must ask alike."""
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Which of ``flags`` any rank raises, of those that compute forwards together.
+
+        Raises:
+            RankError: where another rank raised.
+        """
+        return flags
+
+    def prepared(self) -> None:
+        """All is gathered and prepared: what follows are forwards.
+
+        Raises:
+            RankError: where another rank raised before it came this far.
+        """
+
+    def joined(self, runner: PlanRunner, timer: Timer) -> Runner:
+        """What generates from ``runner``: itself, or all ranks of a team together."""
+        return runner
 
     def finish(self) -> None:
         """The generate has ended well on this rank.

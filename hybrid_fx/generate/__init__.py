@@ -19,10 +19,12 @@ from .checks import check_request, position_limit
 from .guard import inference_mode_of, instance_attribute
 from .hf_loop import UnservedError, generate_by_loop
 from .loop import generate_fast
+from .no_rows import empty_result, has_no_rows
 from .protocol import Runner, Session
 from .request import causal_lm, resolve
 from .routes import RULES, Route, choose, padding_fault
 from .session_cache import SessionCache, drop_finished
+from .settings import settings_of
 
 __all__ = [
     "RULES",
@@ -49,6 +51,7 @@ def generate(
     strict: bool = False,
     plain_generate: Callable[..., Any] | None = None,
     warned: set[str] | None = None,
+    on_settings: Callable[[Mapping[str, str]], None] | None = None,
 ) -> Any:
     """Generate as ``model.generate(*args, **kwargs)`` would, on ``runner``'s sessions.
 
@@ -67,6 +70,8 @@ def generate(
         plain_generate: The model's ``generate`` as it was before an engine replaced it on the
             instance; by default that of its class.
         warned: Keys of warnings already given, kept by the caller so that one engine warns once.
+        on_settings: Where other ranks take part, told what they must be asked for as well. Then
+            a prompt without rows is served.
 
     Returns:
         What HF returns: int64 ``[B, T + new]`` or one of its output objects.
@@ -82,7 +87,15 @@ def generate(
     plain = kind.generate.__get__(model) if plain_generate is None else plain_generate
     with torch.no_grad(), inference_mode_of(model), instance_attribute(model, "generate", plain):
         request = resolve(model, args, kwargs)
-        check_request(request)
+        nothing = on_settings is not None and has_no_rows(request)
+        if not nothing:
+            check_request(request)
+        if on_settings is not None:
+            on_settings(settings_of(request))
+        if nothing:
+            if callable(runner):
+                runner()  # the other ranks wait for this one
+            return empty_result(request)
         route, why = choose(request)
         made = None
         if route is not Route.MODULE:

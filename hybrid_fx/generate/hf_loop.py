@@ -111,6 +111,8 @@ def session_forward(
         if position_ids is not None and not _fits(position_ids, input_ids):
             asked.append(f"position_ids of shape {list(position_ids.shape)}")
         begun = cache.session is not None
+        if cache.origin is not None and not runner.holds_keys:
+            asked.append("past_key_values, of which each rank would hold a part")
         if not begun and attention_mask is not None:
             asked += filter(None, [padding_fault(attention_mask)])
             if attention_mask.shape != (batch, cache.get_seq_length() + width):

@@ -74,9 +74,14 @@ class Runner(Protocol):
 
     Attributes:
         takes_embeds: Whether its sessions take ``embeds``; None where that was not proven yet.
+        holds_keys: Whether its sessions can ``load`` and ``read``.
     """
 
     takes_embeds: bool | None
+
+    @property
+    def holds_keys(self) -> bool:
+        """See above."""
 
     def session(self, *, batch: int, capacity: int) -> Session:
         """A new session of ``batch`` empty rows, ``capacity`` columns reserved (it may grow)."""

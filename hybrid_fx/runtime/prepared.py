@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..plan.plan import Prepared
 
+#: A tensor in memory that is this many times its own is a slice; what was gathered is padded.
+_PADDED = 1.25
+
 
 class Gather(Protocol):
     """The ``gather`` operator of one runner, where weights are sharded."""
@@ -35,7 +38,7 @@ class PreparedTensors:
 
     A tensor with memory of its own is copied into what the last version left, so that memory is
     not returned and faulted in again; a weight or a view of one is taken as it is. What was
-    gathered is never a weight.
+    gathered is never a weight. A slice of what was made does not keep the rest of it.
     """
 
     def __init__(self, wanted: tuple[Prepared, ...], gather: Gather | None = None) -> None:
@@ -70,6 +73,8 @@ class PreparedTensors:
             )
             if fits and kept is not None:
                 value = kept.copy_(value)
+            elif value.untyped_storage().nbytes() > _PADDED * value.nbytes:
+                value = value.clone()
             self._kept[index] = value
         self._next[index] = value
 

@@ -24,6 +24,9 @@ from .workspace import Workspace
 class PlanRunner:
     """The functions of a plan with the memory they need. One session at a time.
 
+    Attributes:
+        holds_keys: Whether its sessions take keys and values, and give them back.
+
     Args:
         plan: What to run; its sources are checked before they are executed.
         device: Where the model lives.
@@ -34,6 +37,8 @@ class PlanRunner:
         group: Of the ranks that compute the model together, for a plan of several.
         gather: Makes sharded weights whole; ``None`` where all are.
     """
+
+    holds_keys = True
 
     def __init__(
         self,
@@ -164,8 +169,7 @@ class PlanRunner:
             self._functions["decode"]["decode"],
             self.prepared.tensors,
             batch=batch,
-            # A row that is never full keeps its stride apart from its length: one graph for both.
-            capacity=max(capacity, self._presize) + self._lowered,
+            capacity=self.capacity(capacity),
             device=self.device,
             limit=self._limit,
             group=self._group,
@@ -174,6 +178,26 @@ class PlanRunner:
         )
         self._open = session
         return session
+
+    def capacity(self, wanted: int) -> int:
+        """The columns to reserve for a session that wants this many."""
+        # A row that is never full keeps its stride apart from its length: one graph for both.
+        return max(wanted, self._presize) + self._lowered
+
+    def run(self, stage: str, *inputs: Any) -> Tensor:
+        """One call of ``"prefill"`` or ``"decode"`` on the workspace as it stands.
+
+        Args:
+            stage: Which.
+            inputs: What its source takes before ``prepared``, in order.
+
+        Returns:
+            [B, keep, V] in the model's logits dtype.
+        """
+        memory = (self.prepared.tensors, self.workspace.keys, self.workspace.values)
+        embeds = (None,) if stage == "prefill" else ()
+        logits: Tensor = self._functions[stage][stage](*inputs, *memory, *embeds, *self._group)
+        return logits
 
     def _close(self) -> None:
         self._open = None

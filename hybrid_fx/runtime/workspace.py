@@ -76,6 +76,11 @@ class Workspace:
             self._by_row(new_key)[:, :length] = key
             self._by_row(new_value)[:, :length] = value
 
+    def clear(self, rows: slice, end: int) -> None:
+        """Zero the first ``end`` positions of some rows: what is masked still enters products."""
+        for memory in (*self.keys, *self.values):
+            self._by_row(memory)[rows, :end] = 0
+
     def check(self, pairs: Sequence[KeyValue], batch: int) -> None:
         """Raise a ValueError where ``pairs`` are not keys and values of these layers."""
         wanted = [

@@ -19,10 +19,12 @@ from hybrid_fx.distributed.refusals import (
     RULES,
     Setup,
     check_engine,
+    check_model,
     check_options,
     check_setup,
     refused,
 )
+from hybrid_fx.distributed.team import check_degree
 from hybrid_fx.errors import ConfigError, HybridError, InputError
 
 
@@ -47,14 +49,19 @@ def zero(**fields: Any) -> Setup:
 
 #: One setup for each rule, in their order.
 REFUSED = [
-    setup({"hybrid_engine": {"enabled": True, "inference_tp_size": 2}}),
+    setup(
+        {
+            "hybrid_engine": {"enabled": True, "inference_tp_size": 2, "pin_parameters": False},
+            "zero_optimization": {"stage": 3},
+        }
+    ),
     setup(
         {
             "hybrid_engine": {"enabled": True, "pin_parameters": False},
             "zero_optimization": {"stage": 3},
         }
     ),
-    setup(mpu=Unit(tensor_model_parallel=2)),
+    setup({"tensor_parallel": {"autotp_size": 4}}),
     setup({"sequence_parallel_size": 2}),
     zero(stage=3, offload_param={"device": "nvme"}),
     zero(stage=3, zero_quantized_weights=True),
@@ -64,8 +71,6 @@ REFUSED = [
     setup({"expert_parallel": {"enabled": True}}),
 ]
 MORE = [
-    (setup({"tensor_parallel": {"autotp_size": 4}}), "AutoTP"),
-    (setup(mpu=Unit(model_parallel=4)), "mpu of degree above 1"),
     (setup(mesh=(2, 2)), "sequence parallelism"),
     (setup(mpu=Unit(sequence_parallel=2)), "sequence parallelism"),
     (zero(stage=3, offload_optimizer={"device": "nvme"}), "NVMe"),
@@ -74,6 +79,7 @@ MORE = [
 ACCEPTED = [
     setup(),
     setup({"zero_optimization": True}),
+    setup({"hybrid_engine": {"inference_tp_size": 2}}),
     setup(mpu=Unit(model_parallel=1, sequence_parallel=1), mesh=(2, 1)),
     zero(stage=3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"}),
     zero(stage=3, zero_hpz_partition_size=1, zero_quantized_weights=False),
@@ -113,8 +119,53 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 def test_an_option_without_effect_is_refused() -> None:
     with pytest.raises(ConfigError, match="train_graph"):
-        check_options(HybridConfig(train_graph=True))
-    check_options(HybridConfig())
+        check_options(HybridConfig(train_graph=True), HybridBlock())
+    check_options(HybridConfig(), HybridBlock(inference_tp_size=2))
+
+
+def test_graphs_with_collectives_are_not_lowered() -> None:
+    lowered = HybridConfig(graph="inductor")
+    with pytest.raises(ConfigError, match="graph='inductor' does not lower graphs with coll"):
+        check_options(lowered, HybridBlock(inference_tp_size=2))
+    check_options(lowered, HybridBlock())
+
+
+@pytest.mark.parametrize(
+    ("size", "mpu", "world", "said"),
+    [
+        (2, None, 3, "inference_tp_size=2 does not divide the 3 ranks"),
+        (4, None, 2, "inference_tp_size=4 does not divide the 2 ranks"),
+        (2, Unit(model_parallel=4), 8, "=2, and the mpu states a model-parallel degree of 4"),
+        (1, Unit(tensor_model_parallel=2), 2, "=1, and the mpu states a model-parallel degree"),
+        (2, Unit(model_parallel=1), None, "=2, and the mpu states a model-parallel degree of 1"),
+    ],
+)
+def test_a_degree_that_does_not_fit_is_refused_with_both_numbers(
+    size: int, mpu: Any, world: int | None, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_degree(size, mpu, world)
+
+
+def test_a_degree_that_fits_is_not_refused() -> None:
+    check_degree(1, None, 3)
+    check_degree(2, None, None)
+    check_degree(2, Unit(tensor_model_parallel=2), 4)
+    check_degree(1, Unit(sequence_parallel=2), 4)
+
+
+def test_a_model_that_is_sliced_already_is_refused_by_name() -> None:
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
+    from hybrid_fx.distributed.seam import sliced_part
+
+    model = tiny("llama")
+    assert sliced_part(model) == ""
+    model.lm_head.weight.tensor_model_parallel = True
+    with pytest.raises(ConfigError, match=r"sliced already \(lm_head.weight, marked"):
+        check_model(model, pipeline=False, experts=False, sliced=sliced_part(model))
+    linear = type("LinearAllreduce", (nn.Linear,), {"__module__": "deepspeed.module_inject.layers"})
+    model.model.layers[1].mlp.down_proj = linear(2, 2)
+    assert sliced_part(model) == "model.layers.1.mlp.down_proj, a LinearAllreduce of AutoTP"
 
 
 @pytest.mark.parametrize("kind", ["a pipeline engine", "DeepSpeed's own hybrid engine"])
@@ -177,7 +228,7 @@ def test_the_block_has_deepspeeds_fields_and_defaults() -> None:
     assert known == theirs
 
 
-def test_nothing_is_changed_before_a_refusal() -> None:
+def test_nothing_is_changed_before_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed", reason="needs deepspeed")
     import torch.distributed
 
@@ -188,7 +239,8 @@ def test_nothing_is_changed_before_a_refusal() -> None:
         "hybrid_engine": {"enabled": True, "inference_tp_size": 2},
     }
     given = copy.deepcopy(config)
-    with pytest.raises(ConfigError, match="inference_tp_size"):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="inference_tp_size=2 does not divide the 3 ranks"):
         hybrid_fx.initialize(model=model, config=config)
     with pytest.raises(InputError, match="does not generate"):
         good = {**config, "hybrid_engine": {"enabled": True}}

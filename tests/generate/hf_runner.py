@@ -14,6 +14,7 @@ class HFRunner:
     """Sessions over the plain HF model and its own ``DynamicCache``."""
 
     takes_embeds: bool | None = None
+    holds_keys = True
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -98,7 +99,7 @@ class Watched:
         self.calls: list[tuple[int, int, int]] = []
         self.sessions: list[WatchedSession] = []
         self.fail_at = 0
-        self.takes_embeds = runner.takes_embeds
+        self.takes_embeds, self.holds_keys = runner.takes_embeds, runner.holds_keys
         self.error: BaseException = KeyboardInterrupt()
 
     def session(self, *, batch: int, capacity: int) -> WatchedSession:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from threaded_ranks import Rank, on_ranks
+from threaded_ranks import LOADING, Rank, on_ranks
 from tiny_models import adapted, prompt, tiny
 
 from hybrid_fx.capture import capture
@@ -51,7 +51,8 @@ def make_runner(plan: Plan, model: Any, group: Rank | None) -> PlanRunner:
     def timer(_: str) -> Any:
         return nullcontext(SimpleNamespace(tokens=0))
 
-    runner = PlanRunner(plan, device=torch.device("cpu"), timer=timer, group=group)
+    with LOADING:
+        runner = PlanRunner(plan, device=torch.device("cpu"), timer=timer, group=group)
     runner.prepare(tensors_of(model))
     return runner
 

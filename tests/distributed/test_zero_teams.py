@@ -1,0 +1,108 @@
+"""Ranks that generate together (``inference_tp_size``), on two and four gloo processes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'hybrid_fx[deepspeed]'")
+pytest.importorskip("peft", reason="needs peft: pip install 'hybrid_fx[peft]'")
+
+import tp_checks as team
+from two_ranks import Check, run
+from zero_checks import cell
+
+#: Of two ranks that generate together.
+TWO = {"enabled": True, "inference_tp_size": 2, "max_out_tokens": 32}
+
+
+def at(check: Check, stage: int, **given: str) -> Check:
+    """A check at a stage of ZeRO."""
+    return functools.partial(check, stage=stage, **given)
+
+
+def test_whole_weights_are_generated_from_together() -> None:
+    run(
+        cell(2, hybrid_engine=TWO),
+        cell(1, bf16=True, hybrid_engine=TWO),
+        at(team.any_prompts_generate_as_their_rows_alone, 0),
+        at(team.rows_end_when_they_end, 0),
+        at(team.samples_are_those_of_each_ranks_generator, 1),
+        at(team.other_loops_run_over_joint_forwards, 0),
+        at(team.results_have_the_shape_that_transformers_gives, 2),
+        at(team.what_ranks_cannot_share_runs_the_module, 0),
+        at(team.other_options_in_a_team_are_refused_by_name, 0),
+        at(team.an_error_on_one_rank_is_one_of_its_team, 0),
+        at(team.ways_may_differ, 0),
+        at(team.a_rank_keeps_its_share_alone, 0),
+        at(team.heads_that_the_ranks_cannot_share_stay_whole, 0),
+        at(team.different_models_are_refused, 0),
+        at(team.a_units_groups_are_used_as_given, 0),
+    )
+
+
+def test_sharded_weights_are_generated_from_together() -> None:
+    run(
+        cell(3, hybrid_engine=TWO),
+        at(team.adapters_run_on_every_side, 3),
+        at(team.any_prompts_generate_as_their_rows_alone, 3),
+        at(team.a_rank_without_rows_takes_part, 3),
+        at(team.samples_are_those_of_each_ranks_generator, 3),
+        at(team.other_options_in_a_team_are_refused_by_name, 3),
+        at(team.an_error_on_one_rank_is_one_of_its_team, 3),
+        at(team.ways_may_differ, 3),
+        at(team.what_ranks_cannot_share_runs_the_module, 3),
+        at(team.a_generate_inside_another_is_refused, 3),
+        at(team.a_rank_keeps_its_share_alone, 3),
+        team.no_rank_ever_holds_the_whole_model,
+        at(team.what_is_not_captured_generates_all_the_same, 3),
+        at(team.a_units_groups_are_used_as_given, 3),
+    )
+
+
+@pytest.mark.deep
+def test_every_kind_of_model_is_generated_from_together() -> None:
+    run(
+        at(team.kinds_of_models_generate_together, 0),
+        at(team.kinds_of_models_generate_together, 3),
+        *(
+            at(team.adapters_run_on_every_side, stage, lora=lora)
+            for stage, lora in itertools.product((0, 3), ("fold", "side", "auto"))
+        ),
+    )
+
+
+@pytest.mark.deep
+def test_every_stage_precision_and_adapter_together() -> None:
+    cells = itertools.product((0, 1, 2, 3), (False, True), (False, True))
+    run(*(cell(s, lora=lora, bf16=bf16, hybrid_engine=TWO) for s, lora, bf16 in cells))
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("size", [2, 4])
+def test_four_ranks_in_one_team_or_two(size: int) -> None:
+    block = {**TWO, "inference_tp_size": size}
+    checks = [
+        at(team.any_prompts_generate_as_their_rows_alone, 0),
+        at(team.a_rank_without_rows_takes_part, 3),
+        at(team.other_loops_run_over_joint_forwards, 3),
+        at(team.samples_are_those_of_each_ranks_generator, 2),
+    ]
+    with_size = [functools.partial(team.in_teams_of, size=size, check=check) for check in checks]
+    run(*(cell(s, hybrid_engine=block) for s in (1, 3)), *with_size, world=4)
+
+
+@pytest.mark.deep
+def test_one_team_does_not_wait_for_the_other() -> None:
+    run(
+        at(team.an_error_in_one_team, 0),
+        at(team.an_error_in_one_team, 3),
+        world=4,
+    )
+
+
+@pytest.mark.deep
+def test_a_rank_that_fails_within_a_forward_is_noticed() -> None:
+    run(team.a_rank_that_fails_within_a_forward_is_noticed)
