@@ -19,9 +19,10 @@ from ..generate import Runner, causal_lm, position_limit
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
 from ..runtime.lowering import by_inductor
-from ..runtime.probe import Verdict, probe
+from ..runtime.probe import Verdict
 from .plans import Plans
-from .proof import Reference, by_graph, by_module, by_walk, said, telling, told_apart
+from .proof import said
+from .prover import Prover
 from .source import Ask, Source
 from .stats import Stats
 from .together import NO_MEMORY, Together, fault_of
@@ -220,7 +221,7 @@ class ModelGraphs:
     def _prepare(self, prove: bool) -> None:
         """Run the prepare graph on the weights as they are; choose where LoRA folds first."""
         with self._stats.timer("prepare"):
-            whole = prove and not self._in_part
+            whole = prove and not self._source.in_part
             tensors = self._source.whole(self._stats.timer) if whole else self.tensors()
             wrong = self._prepare_proven(tensors, prove)
             (stored,) = self._source.any(wrong is not None and self._plans.stored)
@@ -244,7 +245,7 @@ class ModelGraphs:
         needed = self._proven is not self.runner or (prove and self._source.joint)
         if wrong is None and needed:
             # A choice of sides that was not made before is proven on all ranks, or on none.
-            if not prove and not self._in_part:
+            if not prove and not self._source.in_part:
                 tensors = self._source.whole(self._stats.timer)
             wrong = self._prove(tensors)
         if wrong is None:
@@ -256,17 +257,15 @@ class ModelGraphs:
     def _prove(self, tensors: dict[str, Tensor]) -> object:
         """Hold the plan in use against the forward it came from. Returns what is wrong with it."""
         found: list[Verdict] = []
-        wrong = fault_of(lambda: found.append(self._compare(tensors)))
+        runner = self.runner
+        assert runner is not None
+        prover = Prover(self._source, self._plans, self._team, self._stats.timer)
+        wrong = fault_of(lambda: found.append(prover.compare(runner, tensors, self._limit())))
         if wrong is None and found[0].difference:
             wrong = found[0].difference
         if (wrong := self._team.shared(wrong)) is None and found[0].settled:
             self._proven = self.runner
         return wrong
-
-    @property
-    def _in_part(self) -> bool:
-        """Whether no rank is to hold all weights at once: several share them for their size."""
-        return self._source.sharded and self._source.joint
 
     def _choose_side(self, tensors: dict[str, Tensor]) -> None:
         assert self._folding is not None
@@ -281,37 +280,6 @@ class ModelGraphs:
             old.release()
             self.runner, self._side = new, side
         self.errors = errors
-
-    def _compare(self, tensors: dict[str, Tensor]) -> Verdict:
-        """Hold the plan in use against the forward it came from."""
-        runner, gather = self.runner, self._source.gather
-        assert runner is not None
-        if self._in_part:
-            assert gather is not None
-            reference = by_walk(
-                self._plans.captured(),
-                tensors,
-                gather,
-                self._stats.timer,
-                then=lambda: self._team.all(lambda: runner.prepare(tensors)),
-            )
-            with self._source.disguise(told_apart):
-                return self._probe(reference)
-        changed = telling(tensors, [weight.name for weight in runner.plan.manifest.weights])
-        weights = tensors | changed
-        self._team.all(lambda: runner.prepare(weights))
-        if self._plans.canonical is None:
-            # A sharded parameter holds nothing itself: all of them are given.
-            given = weights if self._source.sharded else changed
-            return self._probe(by_module(self._source.runnable(), given))
-        return self._probe(by_graph(self._plans.canonical, weights))
-
-    def _probe(self, reference: Reference) -> Verdict:
-        assert self.runner is not None
-        try:
-            return probe(self.runner, reference, self._limit())
-        finally:
-            self.runner.workspace.release()
 
     @property
     def prepare_peak_bytes(self) -> int:

@@ -74,6 +74,11 @@ class Source:
         """Whether several ranks compute each forward together."""
         return self.shard[1] > 1
 
+    @property
+    def in_part(self) -> bool:
+        """Whether no rank is to hold all weights at once: several share them for their size."""
+        return self.sharded and self.joint
+
     def stamp(self) -> Stamp:
         """See :func:`hybrid_fx.cache.stamp.structure_stamp`."""
         return structure_stamp(self.model, view=self.view)
