@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as python does for the script
 
-from arithmetic_grpo.loop import PARTS, GrpoSettings, learn, run_grpo  # noqa: E402
+from arithmetic_grpo.loop import PARTS, GrpoSettings, TorchUpdate, learn, run_grpo  # noqa: E402
 from arithmetic_grpo.models import disable_dropout, end_ids, small_llama  # noqa: E402
 from arithmetic_grpo.objective import (  # noqa: E402
     clipped_objective,
@@ -195,7 +195,8 @@ def learned(
     model = tiny[0].module
     settings = GrpoSettings(**{**SETTINGS, **changes})
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
-    return learn(tiny[0], optimizer, rollout, advantages, settings)[2]
+    update = TorchUpdate(optimizer, frozen=settings.control == "frozen")
+    return learn(tiny[0], update, rollout, advantages, settings)[2]
 
 
 def test_learning_makes_good_samples_likelier_and_bad_ones_rarer(

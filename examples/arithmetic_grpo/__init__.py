@@ -4,5 +4,6 @@
 
 ``task`` makes problems and judges answers; ``models`` builds or loads the model; ``warmup`` is
 supervised; ``rollout`` samples from the engine; ``objective`` is GRPO's arithmetic; ``loop`` puts
-them together; ``speed`` times rollouts against transformers; ``report`` draws what happened.
+them together; ``speed`` times rollouts against transformers; ``report`` draws what happened;
+``ranks`` is what several processes need.
 """

@@ -23,6 +23,7 @@ import hybrid_fx
 from .loop import GrpoSettings, Iteration, run_grpo
 from .models import add_lora, end_ids, load_model, small_llama, takes_positions
 from .options import DTYPES, build_parser, parse
+from .ranks import DeepSpeedUpdate, Ranks, ds_config, place, start, started, this_rank
 from .report import Outcome, draw_chart, iteration_line, outcome_table
 from .rollout import Sampler, accuracy
 from .speed import Speed, compare
@@ -32,13 +33,26 @@ from .warmup import warm_up
 PROBE = 200
 
 
-def main(argv: Sequence[str] | None = None) -> Outcome:
+def main(argv: Sequence[str] | None = None) -> Outcome | None:
     """Run the example with the command line ``argv`` (without the program's name).
+
+    With ``--zero`` it runs in processes of its own, and returns nothing, unless a launcher
+    (``torchrun``, ``deepspeed``) started several already.
 
     Raises:
         SystemExit: with status 2 and one line on stderr where an option makes no sense.
     """
     options = parse(argv)
+    if options.zero is not None and not started():
+        start(options, begin)
+        return None
+    return begin(options)
+
+
+def begin(options: argparse.Namespace) -> Outcome:
+    """Make problems and model, and run: on one rank, or alone."""
+    if options.zero is not None:
+        place(options)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         probe = min(PROBE, options.held_out)
@@ -65,42 +79,58 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
 def run(options: argparse.Namespace, model: Any, tokenizer: Any, problems: Problems) -> Outcome:
     """Warm up, measure, run GRPO, measure again, compare the speed, draw and print."""
     began = time.perf_counter()
-    console = Console(highlight=False)
+    ranks = this_rank(options)
+    console = Console(highlight=False, quiet=ranks.rank > 0)
+    held_out = ranks.share(problems.held_out)
     sampler = make_sampler(options, model, tokenizer)
     with progress_bars(console) as bars:
-        warm_seconds = warm(options, model, sampler, problems, bars)
+        # DeepSpeed gives the weights of rank 0 to all.
+        warm_seconds = 0.0 if ranks.rank else warm(options, model, sampler, problems, bars)
         if options.lora:
             model = add_lora(model)
-        engine = hybrid_fx.hybridize(model)
-        torch.manual_seed(options.seed)
-        before = accuracy(engine, sampler, problems.held_out)
+        engine = make_engine(options, model, ranks)
+        torch.manual_seed(options.seed + ranks.rank)
+        before = ranks.mean(accuracy(engine, sampler, held_out))
         console.print(f"held-out accuracy before GRPO: {before:.1%}")
-        history = grpo(options, engine, sampler, problems, bars)
-        after = accuracy(engine, sampler, problems.held_out)
+        history = grpo(options, engine, sampler, problems, bars, ranks)
+        after = ranks.mean(accuracy(engine, sampler, held_out))
         console.print(f"held-out accuracy after GRPO: {after:.1%}")
         speed = race(options, engine, sampler, problems, bars) if options.turns else None
-    if options.explain:
+    if options.explain and not ranks.rank:
         print(engine.explain())
+    stats = engine.stats
     engine.close()
     seconds = time.perf_counter() - began
     outcome = Outcome(
         before,
         after,
-        len(problems.held_out),
+        ranks.count * len(held_out),
         speed,
-        dict(engine.stats.fallbacks),
+        dict(stats.fallbacks),
         tuple(history),
         warm_seconds,
         seconds,
     )
     name = options.model or f"Llama of {sum(p.numel() for p in model.parameters()):,} parameters"
     job = f"GRPO, {options.control} control" if options.control else "GRPO"
+    if options.zero is not None:
+        job += f" under ZeRO-{options.zero} on {ranks.count} processes"
+        name = options.model or "a small Llama"
     title = f"{job}, {name}, seed {options.seed}"
+    if ranks.rank:
+        return outcome
     chart = options.out / "grpo.png"
     draw_chart(outcome, chart, title)
     console.print(outcome_table(outcome, title))
     console.print(f"chart: {chart}")
     return outcome
+
+
+def make_engine(options: argparse.Namespace, model: Any, ranks: Ranks) -> Any:
+    """Return the engine: of this process alone, or DeepSpeed's over all ranks."""
+    if options.zero is None:
+        return hybrid_fx.hybridize(model)
+    return hybrid_fx.initialize(model=model, config=ds_config(options, ranks))[0]
 
 
 def make_sampler(options: argparse.Namespace, model: Any, tokenizer: Any) -> Sampler:
@@ -151,7 +181,12 @@ def warm(
 
 
 def grpo(
-    options: argparse.Namespace, engine: Any, sampler: Sampler, problems: Problems, bars: Progress
+    options: argparse.Namespace,
+    engine: Any,
+    sampler: Sampler,
+    problems: Problems,
+    bars: Progress,
+    ranks: Ranks,
 ) -> list[Iteration]:
     """Run the loop behind a progress bar and one line an iteration."""
     bar = bars.add_task("GRPO", total=options.iterations)
@@ -162,7 +197,7 @@ def grpo(
 
     settings = GrpoSettings(
         iterations=options.iterations,
-        prompts=options.prompts,
+        prompts=options.prompts // ranks.count,
         samples=options.samples,
         epochs=options.epochs,
         clip=options.clip,
@@ -171,9 +206,10 @@ def grpo(
         rows_at_once=options.rows_at_once,
         positions=takes_positions(engine.module),
         control=options.control,
-        seed=options.seed,
+        seed=options.seed + ranks.rank,
     )
-    history = run_grpo(engine, sampler, problems.train, settings, report)
+    update = None if options.zero is None else DeepSpeedUpdate(engine)
+    history = run_grpo(engine, sampler, problems.train, settings, report, update)
     bars.remove_task(bar)
     return history
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,8 +39,8 @@ class GrpoSettings:
     seed: int
 
 
-#: Where the time of an iteration goes, in order; the first four are the rollout.
-PARTS = ("prepare", "prefill", "decode", "generate", "learn", "step", "other")
+#: Where the time of an iteration goes, in order; the first five are the rollout.
+PARTS = ("gather", "prepare", "prefill", "decode", "generate", "learn", "step", "other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,10 @@ class Iteration:
     Attributes:
         reward: Mean over the samples.
         tokens: Sampled tokens.
-        seconds: Wall time of each of :data:`PARTS`. ``prepare``, ``prefill`` and ``decode`` are
-            what the engine measured, ``generate`` is the rest of ``eval`` and ``generate``,
-            ``learn`` forward and backward, ``step`` gradient norm and optimizer, ``other``
-            tokenizing and judging.
+        seconds: Wall time of each of :data:`PARTS`. ``gather`` (of sharded weights), ``prepare``,
+            ``prefill`` and ``decode`` are what the engine measured, ``generate`` is the rest of
+            ``eval`` and ``generate``, waits for other ranks included, ``learn`` forward and
+            backward, ``step`` gradient norm and optimizer, ``other`` tokenizing and judging.
         clipped: Fraction of tokens whose ratio was clipped, over all epochs.
     """
 
@@ -71,7 +71,33 @@ class Iteration:
     @property
     def rollout(self) -> float:
         """Seconds of ``generate``, weights prepared for it included."""
-        return sum(self.seconds[name] for name in PARTS[:4])
+        return sum(self.seconds[name] for name in PARTS[:5])
+
+
+class Update(Protocol):
+    """One update of the weights, from one backward or several."""
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None: ...
+    def step(self) -> None: ...
+
+
+class TorchUpdate:
+    """An update by an optimizer of torch; a frozen one leaves out ``optimizer.step()`` alone."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, frozen: bool = False) -> None:
+        self._optimizer, self._frozen = optimizer, frozen
+        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradients of ``loss``."""
+        loss.backward()
+
+    def step(self) -> None:
+        """Clip, step, and drop the gradients."""
+        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        if not self._frozen:
+            self._optimizer.step()
+        self._optimizer.zero_grad()
 
 
 def split_rollout(whole: float, engine: Any, before: Mapping[str, float]) -> dict[str, float]:
@@ -81,7 +107,7 @@ def split_rollout(whole: float, engine: Any, before: Mapping[str, float]) -> dic
         before: ``engine.stats.seconds`` as they were before.
     """
     after = engine.stats.seconds
-    parts = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in PARTS[:3]}
+    parts = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in PARTS[:4]}
     return {**parts, "generate": max(0.0, whole - sum(parts.values()))}
 
 
@@ -94,7 +120,7 @@ def judge(problems: Sequence[Problem], texts: Sequence[str], samples: int) -> to
 
 def learn(
     engine: Any,
-    optimizer: torch.optim.Optimizer,
+    update: Update,
     rollout: Rollout,
     advantages: torch.Tensor,
     settings: GrpoSettings,
@@ -102,7 +128,7 @@ def learn(
     """Update the model ``epochs`` times on one rollout.
 
     The first epoch is on policy: its log-probabilities are the old ones of the later epochs, so the
-    ratio is exactly 1 there. A frozen run leaves out ``optimizer.step()`` alone.
+    ratio is exactly 1 there.
 
     Returns:
         Seconds of forward and backward, seconds of the optimizer, fraction of tokens clipped.
@@ -111,7 +137,6 @@ def learn(
     device = mask.device
     rows = settings.rows_at_once or len(mask)
     parts = [slice(start, start + rows) for start in range(0, len(mask), rows)]
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     old: list[torch.Tensor] = []
     learn_seconds = step_seconds = clipped = 0.0
     for epoch in range(settings.epochs):
@@ -130,13 +155,10 @@ def learn(
             loss, held = clipped_objective(
                 log_probs, old[number], advantages[part], mask[part], clip=settings.clip
             )
-            (loss / rollout.tokens).backward()
+            update.backward(loss / rollout.tokens, last=number == len(parts) - 1)
             clipped += float(held)
         middle = now(device)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        if settings.control != "frozen":
-            optimizer.step()
-        optimizer.zero_grad()
+        update.step()
         learn_seconds += middle - start
         step_seconds += now(device) - middle
     return learn_seconds, step_seconds, clipped / (rollout.tokens * settings.epochs)
@@ -148,12 +170,19 @@ def run_grpo(
     problems: Sequence[Problem],
     settings: GrpoSettings,
     report: Callable[[Iteration], None],
+    update: Update | None = None,
 ) -> list[Iteration]:
-    """Run the loop on ``engine`` (what ``hybrid_fx.hybridize`` returns); ``report`` sees each."""
+    """Run the loop on ``engine`` (what ``hybrid_fx.hybridize`` returns); ``report`` sees each.
+
+    Args:
+        update: Who changes the weights; by default AdamW of torch.
+    """
     draw = random.Random(settings.seed)
     trained = [p for p in engine.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
     device = trained[0].device
+    if update is None:
+        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
+        update = TorchUpdate(optimizer, frozen=settings.control == "frozen")
     history: list[Iteration] = []
     for index in range(1, settings.iterations + 1):
         start = now(device)
@@ -176,7 +205,7 @@ def run_grpo(
         advantages = group_advantages(rewards).flatten().to(device)
         engine.train()
         seconds["learn"], seconds["step"], clipped = learn(
-            engine, optimizer, rollout, advantages, settings
+            engine, update, rollout, advantages, settings
         )
         seconds["other"] = now(device) - start - sum(seconds.values())
         history.append(Iteration(index, earned, rollout.tokens, seconds, clipped))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ SMALL: dict[str, Any] = {
     "turns": 15,
     "rows_at_once": 0,
     "threads": 1,
+    "nproc": 2,
 }
 QUICK = {
     "digits": 1,
@@ -65,6 +67,7 @@ POSITIVE = (
     "epochs",
     "held_out",
     "threads",
+    "nproc",
 )
 
 
@@ -92,6 +95,8 @@ def build_parser() -> OneLineParser:
     add("--quick", action="store_true", help="a few seconds, to see that everything runs")
     add("--model", metavar="NAME_OR_PATH", help="a causal LM to use instead of the small one")
     add("--lora", action="store_true", help="train a LoRA adapter on all linear layers")
+    add("--zero", type=int, choices=range(4), metavar="STAGE", help="of DeepSpeed's ZeRO, 0 to 3")
+    add("--nproc", type=int, help="processes to start with --zero (2); a launcher has its own")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 … (cpu)")
     add("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (float32)")
     add("--threads", type=int, help="on the CPU (1, the same sums anywhere; all with --model)")
@@ -129,6 +134,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         defaults["lr"] = LORA_LR["small" if options.model is None else "pretrained"]
     if options.quick:
         defaults.update(QUICK if options.model is None else {**QUICK, "warmup_steps": 0})
+    if options.zero is not None:
+        defaults["turns"] = 0
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -152,10 +159,31 @@ def complaint(options: argparse.Namespace) -> str | None:
         return f"--samples is {options.samples}; a group needs 2 or more to compare"
     if options.hidden % 8:
         return f"--hidden is {options.hidden}; it must be a multiple of 8 (4 heads of even size)"
-    for package, wanted in (("matplotlib", True), ("peft", options.lora)):
+    if problem := ranks_complaint(options):
+        return problem
+    needed = (("matplotlib", True), ("peft", options.lora), ("deepspeed", options.zero is not None))
+    for package, wanted in needed:
         if wanted and importlib.util.find_spec(package) is None:
             return f"{package} is not installed; run: pip install {package}"
     return device_complaint(options.device)
+
+
+def ranks_complaint(options: argparse.Namespace) -> str | None:
+    """Return why the options do not fit several processes, or None."""
+    if options.zero is None:
+        return (
+            "--nproc needs --zero, the stage to run under"
+            if options.nproc != SMALL["nproc"]
+            else None
+        )
+    count = int(os.environ.get("WORLD_SIZE", options.nproc))
+    if options.prompts % count:
+        return f"--prompts is {options.prompts}; it must be a multiple of the {count} processes"
+    if options.held_out < count:
+        return f"--held-out is {options.held_out}; each of {count} processes needs one"
+    if options.turns or options.control:
+        return "--turns and --control are for one process; leave them out with --zero"
+    return None
 
 
 def device_complaint(name: str) -> str | None:

@@ -33,11 +33,15 @@ class Outcome:
 
 def iteration_line(row: Iteration, iterations: int) -> str:
     """Return what is printed for one iteration."""
-    split = " ".join(f"{name} {row.seconds[name]:.2f}" for name in PARTS)
+    split = " ".join(f"{name} {row.seconds[name]:.2f}" for name in PARTS if _is_told(row, name))
     return (
         f"{row.index:3d}/{iterations} reward {row.reward:.3f} | {split} | "
         f"{row.tokens / row.rollout:.0f} tok/s"
     )
+
+
+def _is_told(row: Iteration, name: str) -> bool:
+    return name != "gather" or row.seconds[name] > 0  # one process gathers nothing
 
 
 def outcome_table(outcome: Outcome, title: str) -> Table:
@@ -61,12 +65,19 @@ def outcome_table(outcome: Outcome, title: str) -> Table:
     table.add_row("warm-up", f"{outcome.warmup_seconds:.0f} s")
     for name in PARTS:
         spent = sum(row.seconds[name] for row in outcome.history)
+        if name == "gather":
+            rollouts = sum(row.rollout for row in outcome.history)
+            if spent:
+                share = f"{spent:.1f} s ({spent / rollouts:.1%} of the rollouts)"
+                table.add_row(f"GRPO: {LABELS[name]}", share)
+            continue
         table.add_row(f"GRPO: {LABELS[name]}", f"{spent:.1f} s")
     table.add_row("whole run", f"{outcome.seconds:.0f} s")
     return table
 
 
 LABELS = {
+    "gather": "gather weights",
     "prepare": "prepare weights",
     "prefill": "prefill",
     "decode": "decode",
