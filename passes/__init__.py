@@ -6,7 +6,7 @@ What a pass or a policy of your own needs is here; :mod:`.pattern` has the piece
 
 from .contract import ANY, FACTS, Context, Pass, PassError, PassResult, Pipeline, PipelineError
 from .driver import PassRecord, run_passes
-from .pipeline import DECODE, NORMALIZE, OPTIONAL, PASSES, PREFILL, STAGE, copy_graph
+from .pipeline import DECODE, NORMALIZE, OPTIONAL, PASSES, PREFILL, STAGE, STREAM, copy_graph
 from .rewrite import Rule, apply_rule, safe_to_replace
 from .roles import LayerMatch, Policy, Role, match_layer
 from .spec import IllegalGraphError, check_graph
@@ -20,6 +20,7 @@ __all__ = [
     "PASSES",
     "PREFILL",
     "STAGE",
+    "STREAM",
     "Context",
     "IllegalGraphError",
     "LayerMatch",

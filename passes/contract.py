@@ -30,6 +30,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "mlp_fused": "the MLP of a layer is one operator",
         "add_norms_fused": "a residual sum and the norm that reads it are one operator",
         "gathered": "every weight reaches the graph through a gather",
+        "streamed": "a layer's own weights are gathered where it runs, one layer ahead",
         "threaded": "attention reads and writes the KV workspace",
         "sharded": "each rank computes its share of heads, MLP and vocabulary",
         "takes_embeds": "embeddings may stand in for token ids",

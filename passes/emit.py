@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from torch import fx
 
 from .effects import written_memory
-from .graph import inside, is_pure, tail_names
+from .graph import inside, is_pure, name_of, tail_names
 from .operators import operator_name
 from .writer import Writer, wrapped
 
-#: Inputs of which each attention has its own, numbered, and what its layer calls them.
+#: Inputs of which each layer or attention has its own, numbered, and what its layer calls them.
 _OF_A_LAYER = {
     "keys": "key_memory",
     "values": "value_memory",
     "implementations": "implementation",
+    "shards": "next_shards",
 }
 
 
@@ -100,7 +101,12 @@ def _input_name(node: fx.Node, region: _Region, shared: set[fx.Node]) -> str:
         return _OF_A_LAYER[node.meta["input"].rpartition("_")[0]]
     if "input" in node.meta:
         return str(node.meta["input"])
-    return node.name if node in shared else "hidden"
+    return node.name if node in shared else _flowing(node)
+
+
+def _flowing(node: fx.Node) -> str:
+    """What a value is called on its way from layer to layer."""
+    return "pending" if name_of(node) == "issue_gather" else "hidden"
 
 
 def _layer_function(
@@ -231,8 +237,9 @@ def _root(
         elif node in heads:
             region, name, arguments = heads[node]
             given = ", ".join(writer.names[n] for n in arguments)
-            alone = len(region.outputs) == 1
-            wishes = ["hidden"] if alone else [n.name for n in region.outputs]
+            flowing = [_flowing(n) for n in region.outputs]
+            alone = len(set(flowing)) == len(flowing)
+            wishes = flowing if alone else [n.name for n in region.outputs]
             targets = [writer.name(*pair) for pair in zip(region.outputs, wishes, strict=True)]
             writer.lines.append(f"{', '.join(targets)} = {name}({given})")
             finish(region.nodes, region.inputs)

@@ -6,6 +6,7 @@ traces through them. Shapes: B batch, T tokens, E hidden size, F MLP size, R LoR
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +95,17 @@ def plain_mlp(
 def gather(weight: Tensor) -> Tensor:
     """Make a sharded parameter whole. On one process it is whole already."""
     return weight
+
+
+def issue_gather(shards: Sequence[Tensor]) -> Any:
+    """Begin to make the weights of one layer whole. On one process they are whole already."""
+    return shards
+
+
+def wait_gather(pending: Any) -> Sequence[Tensor]:
+    """The whole weights of the layer whose gather was issued, in the same order."""
+    weights: Sequence[Tensor] = pending
+    return weights
 
 
 def concat_rows(*weights: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ def _build() -> dict[str, Callable[..., Any]]:
         (
             kernels,
             "rms_norm add_rms_norm add_layer_norm gated_mlp split_gated_mlp plain_mlp gather "
-            "concat_rows fold_lora fold_dora fold_error exact given last_tokens select_tokens "
-            "track_gradient store",
+            "issue_gather wait_gather concat_rows fold_lora fold_dora fold_error exact given "
+            "last_tokens select_tokens track_gradient store",
         ),
     ):
         table |= {name: getattr(module, name) for name in names.split()}
@@ -105,6 +105,8 @@ EFFECTS: frozenset[str] = IN_PLACE | {
     "store",
     "all_reduce",
     "all_gather",
+    "issue_gather",
+    "wait_gather",
 }
 
 

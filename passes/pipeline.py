@@ -16,6 +16,7 @@ from .fuse_norm import FUSE_ADD_NORM, FUSE_RMS_NORM
 from .gather import GATHER_WEIGHTS
 from .last_tokens import KEEP_LAST_TOKENS, KEEP_SELECTED_TOKENS
 from .shard_tp import SHARD_TP
+from .stream import STREAM_GATHERS
 from .take_embeds import TAKE_EMBEDS
 from .thread_kv import THREAD_KV_DECODE, THREAD_KV_PREFILL
 from .thread_masks import THREAD_MASKS
@@ -34,6 +35,12 @@ OPTIONAL = Pipeline(
 #: Puts a gather behind every weight; hoisting follows it.
 STAGE = Pipeline((GATHER_WEIGHTS,), given=_CANONICAL)
 
+#: Lets the layers gather their own weights while they run, where not all fit at once.
+STREAM = Pipeline((STREAM_GATHERS,), given=_CANONICAL | {"gathered"})
+
+#: Passes that make new weights of a layer's, which pays where that happens once.
+PACKING = frozenset({"fold_lora", "concat_qkv", "concat_gate_up"})
+
 #: What makes the body a prefill and a decode graph.
 PREFILL = Pipeline((THREAD_KV_PREFILL, KEEP_LAST_TOKENS, TAKE_EMBEDS), given=_CANONICAL)
 DECODE = Pipeline((THREAD_KV_DECODE, KEEP_LAST_TOKENS), given=_CANONICAL)
@@ -41,10 +48,10 @@ DECODE = Pipeline((THREAD_KV_DECODE, KEEP_LAST_TOKENS), given=_CANONICAL)
 #: What makes a canonical graph, captured for training, one that trains as its model does.
 TRAIN = Pipeline((THREAD_MASKS, KEEP_SELECTED_TOKENS), given=_CANONICAL)
 
+_PARTS = (NORMALIZE, OPTIONAL, STAGE, STREAM, PREFILL, DECODE, TRAIN)
+
 #: Every pass of the library by its name.
-PASSES: Mapping[str, Pass] = MappingProxyType(
-    {one.name: one for part in (NORMALIZE, OPTIONAL, STAGE, PREFILL, DECODE, TRAIN) for one in part}
-)
+PASSES: Mapping[str, Pass] = MappingProxyType({one.name: one for part in _PARTS for one in part})
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

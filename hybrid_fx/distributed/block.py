@@ -27,7 +27,9 @@ class HybridBlock:
             consecutive ones, or those of the mpu's group. It divides the number of ranks.
         release_inference_cache: Free the KV workspace and the prepared weights after every
             generate.
-        pin_parameters: Under ZeRO-3, gather all parameters at once, before generating.
+        pin_parameters: Under ZeRO-3, gather all parameters at once, before generating. Without it
+            each layer gathers its own while it runs, and frees them: two layers at once at most,
+            beside what stands outside of layers. No effect under other stages.
         tp_gather_partition_size: Layers that one gather makes whole at most, where
             ``inference_tp_size`` is above 1 under ZeRO-3. Without effect elsewhere.
         enable_cuda_graph: Accepted, without effect.

@@ -20,11 +20,12 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
     """A ``DeepSpeedEngine`` with the generating of a :class:`~hybrid_fx.HybridEngine`.
 
     Forward, backward, step, checkpoints and attributes are DeepSpeed's. Under ZeRO-3
-    :meth:`generate` is collective at its beginning: every rank calls it equally often; lengths and
-    early stops may differ. With ``inference_tp_size`` it is collective as a whole in each team of
-    ranks: prompts, numbers of rows (none too) and lengths may differ, other options must not.
-    Edits of master weights by ``deepspeed.utils.safe_set_*`` are seen with
-    the next step; after others that nothing can see, call :meth:`weights_changed` on any rank.
+    :meth:`generate` is collective at its beginning, or with ``pin_parameters=False`` throughout:
+    every rank calls it equally often; lengths and early stops may differ. With
+    ``inference_tp_size`` it is collective as a whole in each team of ranks: prompts, numbers of
+    rows (none too) and lengths may differ, other options must not. Edits of master weights by
+    ``deepspeed.utils.safe_set_*`` are seen with the next step; after others that nothing can see,
+    call :meth:`weights_changed` on any rank.
 
     Of several ranks, rank 0 logs the latencies of all in one line, see
     :class:`~hybrid_fx.distributed.rank_board.RankBoard`; :attr:`stats` are this rank's own.
@@ -132,8 +133,8 @@ def attach(engine: Any, options: HybridConfig, block: HybridBlock) -> DeepSpeedH
     """
     team = make_team(block.inference_tp_size, engine.mpu)
     if any(is_sharded(parameter) for parameter in engine.module.parameters()):
-        layers = block.tp_gather_partition_size
-        source: WrappedSource = ShardedSource(engine.module, team, layers)
+        layers, pinned = block.tp_gather_partition_size, block.pin_parameters
+        source: WrappedSource = ShardedSource(engine.module, team, layers, pinned=pinned)
     else:
         source = WrappedSource(engine.module, team)
     plain = type(engine)

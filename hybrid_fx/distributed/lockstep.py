@@ -55,16 +55,22 @@ class Lockstep:
         """
         return self._round(_WORKS, words)
 
-    def same(self, *words: int) -> None:
+    def same(self, *words: int, finished: bool = False) -> None:
         """:meth:`step`, where every rank must say the same.
+
+        Args:
+            finished: Whether ranks may have finished; those :meth:`finish` serves.
 
         Raises:
             RankError: as :meth:`step`; or where one says something else, or has finished.
         """
-        said = self.step(*words)
-        if odd := [rank for rank, other in enumerate(said) if other != said[0]]:
+        rows = [
+            pair for pair in enumerate(self.step(*words)) if pair[1] is not None or not finished
+        ]
+        first, wanted = rows[0]
+        if odd := [rank for rank, other in rows if other != wanted]:
             self._failed = True
-            names = [self.name(rank) for rank in (odd[0], 0)]
+            names = [self.name(rank) for rank in (odd[0], first)]
             raise RankError(
                 f"rank {names[0]} would not do what rank {names[1]} does: something went wrong "
                 f"with its graphs that did not on rank {names[1]}; see the log of both"
@@ -112,6 +118,11 @@ class Lockstep:
             except RankError:
                 return  # nobody is left to be told; this rank's own error counts
 
+    def lost(self, error: RuntimeError) -> RankError:
+        """What to raise where a collective of this generate failed."""
+        self._failed = True
+        return gone(error)
+
     def _round(self, state: int, words: Words) -> list[Words | None]:
         rows = self._exchange(state, words)
         failed = [rank for rank, row in enumerate(rows) if row[0] == _FAILED]
@@ -136,8 +147,7 @@ class Lockstep:
         try:
             all_gather_single(rows, mine, group=self.group)
         except RuntimeError as error:
-            self._failed = True
-            raise gone(error) from error
+            raise self.lost(error) from error
 
 
 def gone(error: RuntimeError) -> RankError:

@@ -93,11 +93,6 @@ RULES: tuple[tuple[str, Callable[[Setup], bool], str], ...] = (
         "set pin_parameters to true: each rank then keeps its share of the weights",
     ),
     (
-        "hybrid_engine.pin_parameters=false under ZeRO stage 3 (gathering layer by layer)",
-        lambda setup: _unpinned(setup) and setup.block.inference_tp_size == 1,
-        "set it to true: all parameters are gathered once for each version of the weights",
-    ),
-    (
         "AutoTP, which slices the model to train it",
         lambda setup: _above_one(setup.at("tensor_parallel", "autotp_size")),
         "leave tensor_parallel out, and set hybrid_engine.inference_tp_size",
@@ -148,8 +143,8 @@ def check_setup(setup: Setup) -> None:
         )
 
 
-def check_options(options: HybridConfig, block: HybridBlock) -> None:
-    """Refuse options that would have no effect, or that no graph of several ranks takes.
+def check_options(options: HybridConfig, setup: Setup) -> None:
+    """Refuse options that would have no effect, or that the graphs of a setup do not take.
 
     Raises:
         ConfigError: naming the option, and the remedy.
@@ -159,10 +154,15 @@ def check_options(options: HybridConfig, block: HybridBlock) -> None:
             "train_graph=True is not supported under DeepSpeed, whose own forward trains; leave "
             "it out"
         )
-    if options.graph != "eager" and block.inference_tp_size > 1:
+    if options.graph != "eager" and setup.block.inference_tp_size > 1:
         raise ConfigError(
             f"graph={options.graph!r} does not lower graphs with collectives in them; set "
             'graph="eager", or hybrid_engine.inference_tp_size to 1'
+        )
+    if options.graph != "eager" and setup.stage == 3 and not setup.block.pin_parameters:
+        raise ConfigError(
+            f"graph={options.graph!r} does not lower layers that gather their own weights; set "
+            'graph="eager", or hybrid_engine.pin_parameters to true'
         )
 
 

@@ -54,7 +54,7 @@ def _kind(shard: Shard) -> tuple[Any, ...]:
 
 
 def buckets(
-    shards: Sequence[Shard], limit: int = BUCKET_BYTES, layers: int | None = None
+    shards: Sequence[Shard], limit: float = BUCKET_BYTES, layers: int | None = None
 ) -> Iterator[list[Shard]]:
     """Cut ``shards`` into runs of one collective each: one group, dtype and device, near ``limit``.
 
@@ -93,9 +93,13 @@ class Staging:
         key = (use, like.part.dtype, like.device)
         held = self._held.get(key)
         if held is None or held.numel() < count:
-            held = torch.empty(count, dtype=like.part.dtype, device=like.device)
-            self._held[key] = held
+            held = self._held[key] = self.fresh(use, count, like)
         return held[:count]
+
+    @staticmethod
+    def fresh(use: str, count: int, like: Shard) -> Tensor:
+        """As :meth:`take`, in memory that is not kept."""
+        return torch.empty(count, dtype=like.part.dtype, device=like.device)
 
     def release(self) -> None:
         """Give the memory back."""
@@ -112,20 +116,39 @@ def gather(
     """
     first = bucket[0]
     ranks = dist.get_world_size(first.group)
-    sizes = [shard.part.numel() for shard in bucket]
-    mine = staging.take("mine", sum(sizes), first)
-    torch.cat([shard.part.detach().reshape(-1).to(first.device) for shard in bucket], out=mine)
-    rows = mine
+    count = sum(shard.part.numel() for shard in bucket)
+    # The rows of one weight alone are the whole weight.
+    take = staging.take if len(bucket) > 1 else staging.fresh
+    rows = take("rows", ranks * count, first).view(ranks, count)
+    mine = rows[dist.get_rank(first.group)]
+    fill(mine, bucket)
     if ranks > 1:
-        rows = staging.take("rows", ranks * mine.numel(), first)
         announce(sum(shard.nbytes for shard in bucket))
-        all_gather_single(rows, mine, group=first.group)
+        all_gather_single(rows.view(-1), mine, group=first.group)
+    return cut(rows, bucket) if len(bucket) > 1 else [shaped(rows.view(-1), first)]
+
+
+def fill(row: Tensor, bucket: Sequence[Shard]) -> None:
+    """Put this rank's parts of a bucket end to end into ``row``."""
+    places = torch.split(row, [shard.part.numel() for shard in bucket])
+    for place, shard in zip(places, bucket, strict=True):
+        place.copy_(shard.part.detach().reshape(-1))
+
+
+def cut(rows: Tensor, bucket: Sequence[Shard]) -> list[Tensor]:
+    """The whole weights out of the rows [W, sum] of all ranks, each in memory of its own."""
     whole = []
-    for shard, columns in zip(bucket, torch.split(rows.view(ranks, -1), sizes, 1), strict=True):
-        flat = columns.new_empty(ranks * columns.shape[1])
-        flat.view(ranks, -1).copy_(columns)
-        whole.append(flat[: math.prod(shard.shape)].view(shard.shape))
+    sizes = [shard.part.numel() for shard in bucket]
+    for shard, columns in zip(bucket, torch.split(rows, sizes, 1), strict=True):
+        flat = Staging.fresh("whole", columns.numel(), shard)
+        flat.view(columns.shape).copy_(columns)
+        whole.append(shaped(flat, shard))
     return whole
+
+
+def shaped(flat: Tensor, shard: Shard) -> Tensor:
+    """The whole weight in its shape, without the padding behind it."""
+    return flat[: math.prod(shard.shape)].view(shard.shape)
 
 
 class ShardGather:

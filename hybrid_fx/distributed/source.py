@@ -25,7 +25,8 @@ from ..runtime.session import Timer
 from .agreement import digest_of, tell_apart
 from .lockstep import Lockstep, Words
 from .seam import DeepSpeedView, is_sharded, shard_of
-from .shards import Shard, ShardGather, buckets, gather
+from .shards import BUCKET_BYTES, Shard, ShardGather, buckets, gather
+from .stream import FORWARD, ShardStream
 from .team import Team
 from .twin import outline, twin
 
@@ -150,15 +151,25 @@ class ShardedSource(WrappedSource):
 
     A generate is collective at its beginning, where ranks agree on what it takes and gather
     weights where any of them wants it (an edit may touch the shard of one rank alone), and at its
-    end, where each learns whether it went well on all.
+    end, where each learns whether it went well on all. Unless ``pinned``, each forward is too:
+    layers gather their own weights then, and only what stands outside of them is gathered before.
 
     Args:
         layers: How many layers one gather of a team may reach over.
+        pinned: Whether all weights are gathered before generating.
     """
 
     gather: ShardGather
+    stream: ShardStream | None
 
-    def __init__(self, model: nn.Module, team: Team | None = None, layers: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        team: Team | None = None,
+        layers: int = 8,
+        *,
+        pinned: bool = True,
+    ) -> None:
         super().__init__(model, team)
         self.sharded = True
         shards = (shard_of(p) for p in model.parameters() if is_sharded(p))
@@ -169,8 +180,12 @@ class ShardedSource(WrappedSource):
             self._shards,
             self._lent,
             announce=self._announce,
+            limit=BUCKET_BYTES if pinned else 0,
             layers=None if team is None else layers,
         )
+        if not pinned:
+            staging = self.gather.staging
+            self.stream = ShardStream(self._shards, ranks=self._ranks, staging=staging)
 
     def structure(self) -> nn.Module:
         """A twin whose sharded parameters have their shapes and no memory."""
@@ -231,25 +246,40 @@ class ShardedSource(WrappedSource):
         super().finish()
         self._forwards = False
         self._ranks.finish(self._gathers_on)
+        self._end_stream()
 
     def _gathers_on(self, said: list[Words | None]) -> None:
-        raise RuntimeError("a rank has ended a generate in which others still gather")
+        if self.stream is None or any(words and words[0] != FORWARD for words in said):
+            raise RuntimeError("a rank has ended a generate in which others still gather")
+        self.stream.serve()
 
     def abandon(self) -> None:
         """Let the generate of the other ranks fail: of the team first, while it is on its own."""
         if self._forwards:
             super().abandon()
         self._ranks.fail()
+        self._end_stream()
+
+    def _end_stream(self) -> None:
+        if self.stream is not None:
+            self.release()
 
     @contextmanager
     def disguise(self, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
         """Hand weights over as ``change(name, whole)`` meanwhile; a tied one by its first name."""
         names = {id(held): name for name, held in reversed(self.tensors().items())}
-        self.gather.change = lambda part, whole: change(names[id(part)], whole)
+
+        def changed(part: Tensor, whole: Tensor) -> Tensor:
+            return change(names[id(part)], whole)
+
+        gathering = [one for one in (self.gather, self.stream) if one is not None]
         try:
+            for one in gathering:
+                one.change = changed
             yield
         finally:
-            self.gather.change = None
+            for one in gathering:
+                one.change = None
 
     def _announce(self, nbytes: int) -> None:
         """The next collective makes weights of ``nbytes`` whole, on all ranks."""

@@ -40,7 +40,8 @@ def twin(
             value = module.__dict__.get(name)
             state[name] = value.copy() if isinstance(value, dict | set) else value
         state["_buffers"] = dict(module._buffers)
-        state["_modules"] = {n: c and made[id(c)] for n, c in module._modules.items()}
+        children = module._modules.items()  # an empty container among them is false
+        state["_modules"] = {n: None if c is None else made[id(c)] for n, c in children}
         state["_parameters"] = {}
         for name, own in module._parameters.items():
             if own is not None and id(own) not in chosen:

@@ -147,9 +147,10 @@ class ModelGraphs:
         """What decides which weights are gathered and in which order, and what is computed."""
         if self._folding is None:
             return ""
+        plan = self._folding.plan
         if self._source.joint:  # each rank has sources of its own
-            return self._digest + repr(self._folding.plan.manifest.weights)
-        return self._folding.plan.sources["prepare"] + repr(self._folding.plan.manifest.weights)
+            return self._digest + repr(plan.manifest.weights)
+        return plan.sources["prepare"] + repr((plan.manifest.weights, plan.manifest.streamed))
 
     def _refuse_if_strict(self, reason: str) -> None:
         if self._config.strict:
@@ -201,6 +202,7 @@ class ModelGraphs:
             timer=self._stats.timer,
             group=self._source.group,
             gather=self._source.gather,
+            stream=self._source.stream,
         )
 
     def _device(self) -> torch.device:
@@ -243,6 +245,7 @@ class ModelGraphs:
         """Prepare; at a plan's first use, prove it before. Returns what is wrong with it."""
         wrong = self._team.shared(fault_of(lambda: self._choose_side(tensors)))
         needed = self._proven is not self.runner or (prove and self._source.joint)
+        needed = prove if self._source.stream is not None else needed  # on all ranks, or on none
         if wrong is None and needed:
             # A choice of sides that was not made before is proven on all ranks, or on none.
             if not prove and not self._source.in_part:

@@ -56,7 +56,11 @@ class Plans:
         self._source = source
         self._config = config
         self._stats = stats
-        self._passes, self._policies = optional_passes(config), policies(config)
+        self._streams = source.stream is not None
+        self._passes, self._policies = (
+            optional_passes(config, stream=self._streams),
+            policies(config),
+        )
         self._cache = open_cache(config)
         self.digest = ""
         self.canonical: fx.Graph | None = None
@@ -81,8 +85,8 @@ class Plans:
     def plan(self, side: frozenset[str] = frozenset()) -> Plan:
         """The plan in which the adapted modules ``side`` keep their LoRA as a branch."""
         name, shard = self.digest, self._source.shard
-        if side or shard[1] > 1:
-            which = f" of {shard}" if shard[1] > 1 else ""
+        if side or shard[1] > 1 or self._streams:
+            which = (f" of {shard}" if shard[1] > 1 else "") + " streamed" * self._streams
             name = hashlib.sha256(f"{name} {sorted(side)}{which}".encode()).hexdigest()
         distrusted = self._distrusted and name not in self._built
         plan = None if distrusted else find_plan(self._cache, name, self._stats)
@@ -101,6 +105,7 @@ class Plans:
             policies=self._policies,
             before=self._normalized,
             shard=shard,
+            stream=self._streams,
         )
         self._cache.put(name, plan)
         self.stored = False

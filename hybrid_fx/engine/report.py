@@ -12,6 +12,7 @@ from ..generate import causal_lm
 from ..passes.outcome import LayerReport, Missed
 from .explain import Explanation, LoraDecision
 from .graphs import FOLD_LIMIT, ModelGraphs
+from .iteration import readable_bytes
 from .pass_table import pass_reports
 from .stats import Stats
 from .training_graphs import TrainingGraphs
@@ -104,6 +105,12 @@ def build_explanation(
     if training is not None:
         notes += _training_notes(training)
     notes += _hook_notes(model)
+    if runner is not None and runner.plan.manifest.streamed:
+        notes.append(
+            "pin_parameters=false: each layer gathers its weights while it runs, at most "
+            f"{readable_bytes(runner.streamed_bytes)} of them at once; nothing is stacked, and "
+            "adapters run as low-rank branches"
+        )
     if config.lora == "side":
         notes.append('lora="side": adapters run as low-rank branches')
     rows = () if runner is None else runner.plan.manifest.layers

@@ -15,6 +15,7 @@ from ..passes.collectives import Group
 from ..runtime import PlanRunner
 from ..runtime.prepared import Gather
 from ..runtime.session import Timer
+from ..runtime.streamed import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Source:
         model: What the user holds.
         view: What of its modules is its own.
         gather: Makes the arguments of a prepare graph whole; ``None`` where they are.
+        stream: Makes the weights of each layer whole while a graph runs; ``None`` where all are
+            made whole before.
         sharded: Whether no process has all of the weights, so that generating is collective.
         shard: Which rank of how many compute the model together.
         group: Their collectives within a forward; ``None`` where that is one.
@@ -52,6 +55,7 @@ class Source:
 
     view: View
     gather: Gather | None
+    stream: Stream | None
     sharded: bool
     shard: tuple[int, int]
     group: Group | None
@@ -60,6 +64,7 @@ class Source:
         self.model = model
         self.view = View()
         self.gather = None
+        self.stream = None
         self.sharded = False
         self.shard = (0, 1)
         self.group = None
@@ -76,8 +81,8 @@ class Source:
 
     @property
     def in_part(self) -> bool:
-        """Whether no rank is to hold all weights at once: several share them for their size."""
-        return self.sharded and self.joint
+        """Whether no rank is to hold all weights at once: they are shared, or come and go."""
+        return self.stream is not None or (self.sharded and self.joint)
 
     def stamp(self) -> Stamp:
         """See :func:`hybrid_fx.cache.stamp.structure_stamp`."""

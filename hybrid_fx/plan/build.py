@@ -19,13 +19,14 @@ from ..passes.graph import calls, inside, name_of, path_of, shape_of, value_of
 from ..passes.hoist import Hoisted, hoist
 from ..passes.layers import layer_paths, nodes_by_layer
 from ..passes.operators import OPERATORS
-from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, copy_graph
+from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, STREAM, copy_graph
 from ..passes.policies import POLICIES
 from ..passes.roles import LayerMatch, Policy, match_layer
 from ..passes.spec import THREADED, check_graph
 from ..passes.thread_kv import KVShape, kv_shapes
 from .log import hoisted, logged
-from .plan import KVLayer, Manifest, Plan, Prepared, Weight
+from .plan import Manifest, Plan
+from .records import KVLayer, Prepared, Streamed, Weight
 
 INPUTS = ("input_ids", "position_ids", "slots", "key_valid", "pitch", "keep")
 _MEMORY = ("prepared", "keys", "values")
@@ -68,6 +69,7 @@ def build_plan(
     policies: Sequence[Policy] = POLICIES,
     before: Sequence[PassRecord] = (),
     shard: tuple[int, int] = (0, 1),
+    stream: bool = False,
 ) -> Plan:
     """Rewrite a canonical graph (left as it is) into a plan.
 
@@ -79,6 +81,8 @@ def build_plan(
         guards: What the capture assumed beside the model, see :mod:`hybrid_fx.capture`.
         side: Adapted modules, relative to their layer, whose LoRA stays a branch.
         shard: For which rank of how many.
+        stream: Let each layer gather its own weights while it runs. A pass that makes new weights
+            of them (:data:`~hybrid_fx.passes.pipeline.PACKING`) would do so each time.
         fusions: ``"measured"`` or ``"all"``, see :class:`~hybrid_fx.passes.contract.Context`.
         passes: Over the layers, before gathers are put in.
         policies: Tried in this order.
@@ -88,7 +92,7 @@ def build_plan(
     nodes = nodes_by_layer(graph, layer_paths(graph))
     layers = {path: match_layer(graph, path, policies, here) for path, here in nodes.items()}
     context = Context(layers=layers, side=side, fusions=fusions, shard=shard)
-    records = run_passes(graph, passes + STAGE, context)
+    records = run_passes(graph, passes + STAGE + (STREAM if stream else Pipeline()), context)
     reports = [_report(graph, match, records) for match in layers.values()]
     kv = kv_layers(kv_shapes(graph))
     log = [*logged("model", before), *logged("layers", records)]
@@ -98,6 +102,8 @@ def build_plan(
     weights = number_weights(staged.prepare)
     prepare, sites = _prepare_source(staged, list(layers))
     sources, embeds = {"prepare": prepare}, False
+    streamed = _streamed(staged.body)
+    more = ["group"] * (shard[1] > 1) + ["shards"] * bool(streamed)
     for stage, pipeline in (("prefill", PREFILL), ("decode", DECODE)):
         body = copy_graph(staged.body)
         done = run_passes(body, pipeline, context)
@@ -107,7 +113,7 @@ def build_plan(
         sources[stage] = emit(
             body,
             function=stage,
-            parameters=INPUTS + _MEMORY + _MORE[stage] + (("group",) if shard[1] > 1 else ()),
+            parameters=INPUTS + _MEMORY + _MORE[stage] + tuple(more),
             layer_name="decoder_layer",
             layers=list(layers),
         )
@@ -122,6 +128,7 @@ def build_plan(
         lora=tuple(sites),
         embeds=embeds,
         passes=tuple(log),
+        streamed=streamed,
         ranks=shard[1],
     )
     return Plan(manifest=manifest, sources=sources)
@@ -172,6 +179,16 @@ def _prepared(staged: Hoisted) -> tuple[Prepared, ...]:
         for node, name, recipe, owned in zip(
             results, staged.names, staged.recipes, staged.owned, strict=True
         )
+    )
+
+
+def _streamed(graph: fx.Graph) -> tuple[Streamed, ...]:
+    """The weights that a graph gathers itself, as a manifest lists them."""
+    rows = [n.meta for n in graph.nodes if n.op == "placeholder" and "streamed" in n.meta]
+    return tuple(
+        Streamed(layer=layer, name=name, shape=tuple(map(int, val.shape)), dtype=_dtype(val))
+        for layer, meta in enumerate(rows)
+        for name, val in zip(meta["streamed"], meta["val"], strict=True)
     )
 
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..passes.contract import Pass, Pipeline, PipelineError
-from ..passes.pipeline import OPTIONAL
+from ..passes.pipeline import OPTIONAL, PACKING
 from ..passes.policies import POLICIES
 from ..passes.roles import Policy
 
 
-def optional_passes(config: HybridConfig) -> Pipeline:
+def optional_passes(config: HybridConfig, *, stream: bool = False) -> Pipeline:
     """The passes over layers: the library's and the user's, less those switched off.
 
     A pass of the user's runs as late as its contract allows.
+
+    Args:
+        stream: Layers gather their weights while they run: nothing is made of those.
 
     Raises:
         ConfigError: for passes that do not fit together, a name that no pass has, or a pass that
             is not for generating.
     """
-    off = (*config.disable_passes, *(["fold_lora"] if config.lora == "side" else []))
+    off = {*config.disable_passes, *(["fold_lora"] if config.lora == "side" else [])}
+    off |= PACKING if stream else frozenset()
     try:
         pipeline = OPTIONAL
         for one in config.passes:

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
-import torch
-
 from ..errors import CacheError
 from .plain import (
     JSON,
@@ -27,97 +25,19 @@ from .plain import (
     odd,
     plain,
     record_fields,
-    set_shape,
     set_tuple,
 )
+from .records import KVLayer, Prepared, Streamed, Weight
 from .source_check import TORCH_CONSTANTS, check_source
 
-FORMAT = 3
+FORMAT = 4
 """Version of the manifest's fields. Raise it with every change to them."""
 SOURCES = ("prepare", "prefill", "decode")
 """The sources of a plan that generates, in the order in which they run."""
 TRAINING = ("train",)
 """The sources of a plan that trains."""
 
-_DTYPES = frozenset(name for name, value in TORCH_CONSTANTS.items() if type(value) is torch.dtype)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """One argument of the prepare graph: a parameter or buffer of the model.
-
-    Attributes:
-        name: fully qualified name in the model.
-        shape: of the whole tensor.
-        dtype: canonical name without ``torch.``, e.g. ``"bfloat16"``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __post_init__(self) -> None:
-        need_text(self, "name", "dtype")
-        set_shape(self)
-        if self.dtype not in _DTYPES:
-            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """One tensor that the prepare graph returns and prefill and decode take.
-
-    Attributes:
-        name: of the tensor in the sources.
-        recipe: how it is made, for a person: ``"concat_qkv(…q_proj.weight, …)"``.
-        shape, dtype: as in :class:`Weight`.
-        owns_memory: False where it is a parameter itself or a view of one.
-    """
-
-    name: str
-    recipe: str
-    shape: tuple[int, ...]
-    dtype: str
-    owns_memory: bool
-
-    def __post_init__(self) -> None:
-        need_text(self, "name", "recipe", "dtype")
-        set_shape(self)
-        if self.dtype not in _DTYPES:
-            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
-        need_bool(self, "owns_memory")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KVLayer:
-    """What one attention layer keeps in the workspace.
-
-    Attributes:
-        path: module path of the attention.
-        kv_heads: K.
-        head_size: D of the keys.
-        value_head_size: D of the values.
-        window: positions a query sees, itself included; None sees all.
-        dtype: of keys and values.
-    """
-
-    path: str
-    kv_heads: int
-    head_size: int
-    value_head_size: int
-    window: int | None
-    dtype: str
-
-    def __post_init__(self) -> None:
-        need_text(self, "path", "dtype")
-        if self.dtype not in _DTYPES:
-            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
-        need_positive(self, "kv_heads", "head_size", "value_head_size")
-        if self.window is not None:
-            need_positive(self, "window")
-
-
-_RECORDS = {"weights": Weight, "prepared": Prepared, "kv": KVLayer}
+_RECORDS = {"weights": Weight, "prepared": Prepared, "kv": KVLayer, "streamed": Streamed}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +60,7 @@ class Manifest:
         lora: the adapted modules that are folded, in the order in which ``measure`` reports them.
         embeds: whether prefill takes embeddings in place of token ids.
         passes: what each pass did when the plan was built; no part of equality, as it holds times.
+        streamed: the weights that prefill and decode take beside these, layer by layer in order.
         ranks: how many ranks compute the model together; beyond one the graphs take their group.
 
     Raises:
@@ -158,6 +79,7 @@ class Manifest:
     lora: tuple[JSON, ...] = ()
     embeds: bool = False
     passes: tuple[JSON, ...] = field(default=(), compare=False)
+    streamed: tuple[Streamed, ...] = ()
     ranks: int = 1
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..plan.plan import Prepared
+from ..plan.records import Prepared
 
 #: A tensor in memory that is this many times its own is a slice; what was gathered is padded.
 _PADDED = 1.25

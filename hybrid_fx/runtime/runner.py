@@ -17,7 +17,8 @@ from ..passes.operators import OPERATORS
 from ..plan.plan import Plan, load_functions
 from .lowering import Lowering, is_weight
 from .prepared import Gather, Measured, PreparedTensors
-from .session import PlanSession, Timer
+from .session import Graph, PlanSession, Timer
+from .streamed import Stream, by_layer
 from .workspace import Workspace
 
 
@@ -36,6 +37,7 @@ class PlanRunner:
         timer: Opens the spans in which sessions count prefill and decode.
         group: Of the ranks that compute the model together, for a plan of several.
         gather: Makes sharded weights whole; ``None`` where all are.
+        stream: Does so for a plan whose layers gather their own weights.
     """
 
     holds_keys = True
@@ -51,6 +53,7 @@ class PlanRunner:
         timer: Timer,
         group: Group | None = None,
         gather: Gather | None = None,
+        stream: Stream | None = None,
     ) -> None:
         if (plan.manifest.ranks > 1) != (group is not None):
             raise InputError(
@@ -67,6 +70,10 @@ class PlanRunner:
         table: dict[str, Callable[..., Any]] = dict(OPERATORS)
         if gather is not None:
             table["gather"] = gather
+        self._stream = stream if plan.manifest.streamed else None
+        self._shards: list[tuple[Tensor, ...]] = []
+        if self._stream is not None:
+            table |= {"issue_gather": self._stream.issue, "wait_gather": self._stream.wait}
         self._functions = {
             stage: load_functions(source, table, name=stage)
             for stage, source in plan.sources.items()
@@ -129,10 +136,15 @@ class PlanRunner:
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Make the prepared tensors of the current weights, given by qualified name."""
+        if self._stream is not None:
+            self.prepared.release()  # memory is short: nothing stands beside what is made anew
         self.prepared.begin()
         with torch.no_grad(), self._weights(tensors) as weights:
             self._functions["prepare"]["prepare"](weights, self.prepared)
         self.prepared.finish()
+        self._shards = by_layer(self.plan.manifest.streamed, tensors)
+        if self._stream is not None:
+            self._stream.begin(self._shards, self._timer)
         if self._lowered:
             for tensor in self.prepared.tensors:
                 is_weight(tensor)
@@ -165,8 +177,8 @@ class PlanRunner:
             raise EngineClosedError("another generate is running on this engine; wait for it")
         session = PlanSession(
             self.workspace,
-            self._functions["prefill"]["prefill"],
-            self._functions["decode"]["decode"],
+            self._graph("prefill"),
+            self._graph("decode"),
             self.prepared.tensors,
             batch=batch,
             capacity=self.capacity(capacity),
@@ -199,11 +211,30 @@ class PlanRunner:
         logits: Tensor = self._functions[stage][stage](*inputs, *memory, *embeds, *self._group)
         return logits
 
+    def _graph(self, stage: str) -> Graph:
+        """A function of the plan as sessions call it."""
+        graph: Graph = self._functions[stage][stage]
+        if not self._shards:
+            return graph
+        shards, stream = self._shards, self._stream
+        if stream is None:
+            return lambda *given: graph(*given, shards)
+        return lambda *given: stream.run(graph, *given, shards)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """The most that graphs gather beside what is prepared: two layers."""
+        sizes: dict[int, int] = {}
+        for weight in self.plan.manifest.streamed:
+            size = math.prod(weight.shape) * getattr(torch, weight.dtype).itemsize
+            sizes[weight.layer] = sizes.get(weight.layer, 0) + size
+        return 2 * max(sizes.values(), default=0)
+
     def _close(self) -> None:
         self._open = None
 
     def release(self) -> None:
         """Give the workspace's and the prepared tensors' memory back."""
-        self._open = None
+        self._open, self._shards = None, []
         self.workspace.release()
         self.prepared.release()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan.plan import KVLayer
+from ..plan.records import KVLayer
 
 #: Keys and values of one layer, [B, K, T, D] each.
 KeyValue = tuple[Tensor, Tensor]

@@ -24,6 +24,8 @@ def run(
         if node.op == "placeholder":
             if "weight" in node.meta:
                 values[node] = weights[node.meta["weight"]]
+            elif "streamed" in node.meta:
+                values[node] = tuple(weights[name] for name in node.meta["streamed"])
             elif "prepared" in node.meta:
                 values[node] = prepared[node.meta["prepared"]]
             else:

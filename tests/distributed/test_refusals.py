@@ -47,17 +47,14 @@ def zero(**fields: Any) -> Setup:
     return setup({"zero_optimization": fields})
 
 
+#: A config in which ranks generate together.
+TEAM = {"hybrid_engine": {"enabled": True, "inference_tp_size": 2}}
+
 #: One setup for each rule, in their order.
 REFUSED = [
     setup(
         {
             "hybrid_engine": {"enabled": True, "inference_tp_size": 2, "pin_parameters": False},
-            "zero_optimization": {"stage": 3},
-        }
-    ),
-    setup(
-        {
-            "hybrid_engine": {"enabled": True, "pin_parameters": False},
             "zero_optimization": {"stage": 3},
         }
     ),
@@ -83,7 +80,7 @@ ACCEPTED = [
     setup(mpu=Unit(model_parallel=1, sequence_parallel=1), mesh=(2, 1)),
     zero(stage=3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"}),
     zero(stage=3, zero_hpz_partition_size=1, zero_quantized_weights=False),
-    setup({"hybrid_engine": {"pin_parameters": False}, "zero_optimization": {"stage": 2}}),
+    setup({"hybrid_engine": {"pin_parameters": False}, "zero_optimization": {"stage": 3}}),
     setup({"tensor_parallel": {"autotp_size": 1}, "compile": {"deepcompile": False}}),
 ]
 
@@ -119,15 +116,15 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 def test_an_option_without_effect_is_refused() -> None:
     with pytest.raises(ConfigError, match="train_graph"):
-        check_options(HybridConfig(train_graph=True), HybridBlock())
-    check_options(HybridConfig(), HybridBlock(inference_tp_size=2))
+        check_options(HybridConfig(train_graph=True), setup())
+    check_options(HybridConfig(), setup(TEAM))
 
 
 def test_graphs_with_collectives_are_not_lowered() -> None:
     lowered = HybridConfig(graph="inductor")
     with pytest.raises(ConfigError, match="graph='inductor' does not lower graphs with coll"):
-        check_options(lowered, HybridBlock(inference_tp_size=2))
-    check_options(lowered, HybridBlock())
+        check_options(lowered, setup(TEAM))
+    check_options(lowered, setup())
 
 
 @pytest.mark.parametrize(
@@ -166,6 +163,14 @@ def test_a_model_that_is_sliced_already_is_refused_by_name() -> None:
     linear = type("LinearAllreduce", (nn.Linear,), {"__module__": "deepspeed.module_inject.layers"})
     model.model.layers[1].mlp.down_proj = linear(2, 2)
     assert sliced_part(model) == "model.layers.1.mlp.down_proj, a LinearAllreduce of AutoTP"
+
+
+def test_layers_that_gather_are_not_lowered() -> None:
+    unpinned = {"hybrid_engine": {"enabled": True, "pin_parameters": False}}
+    lowered = HybridConfig(graph="inductor")
+    check_options(lowered, setup({**unpinned, "zero_optimization": {"stage": 2}}))
+    with pytest.raises(ConfigError, match="graph='inductor' does not lower"):
+        check_options(lowered, setup({**unpinned, "zero_optimization": {"stage": 3}}))
 
 
 @pytest.mark.parametrize("kind", ["a pipeline engine", "DeepSpeed's own hybrid engine"])

@@ -98,6 +98,17 @@ def test_foreign_hooks_and_attributes_have_no_twin() -> None:
     assert len(model[0]._forward_pre_hooks) == 2
 
 
+def test_an_empty_container_has_a_twin_of_its_own() -> None:
+    model: Any = nn.Module()
+    model.empty = nn.ParameterDict()
+    model.empty.mark_count = 3
+    model.missing = None
+    copy: Any = twin(model, Marked(), same)
+    assert copy.empty is not model.empty
+    assert not hasattr(copy.empty, "mark_count")
+    assert copy.missing is None
+
+
 def test_what_refers_to_a_module_refers_to_its_twin() -> None:
     model: Any = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     model.bound = model[0].forward

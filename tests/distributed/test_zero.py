@@ -11,8 +11,10 @@ import pytest
 pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'hybrid_fx[deepspeed]'")
 pytest.importorskip("peft", reason="needs peft: pip install 'hybrid_fx[peft]'")
 
+import streamed_checks as streamed
 import zero3_checks as sharded
 import zero_checks as any_stage
+from streamed_checks import UNPINNED
 from two_ranks import run
 from zero_checks import cell
 
@@ -69,11 +71,54 @@ def test_sharded_weights_are_gathered_beside_deepspeed() -> None:
     )
 
 
+def test_layers_gather_their_own_weights(tmp_path: Path) -> None:
+    run(
+        cell(3, lora=True, **UNPINNED),
+        functools.partial(streamed.other_families_generate_as_transformers, kinds=("qwen2",)),
+        streamed.gathers_are_under_way_while_layers_compute,
+        streamed.ranks_may_do_different_amounts,
+        streamed.an_error_between_two_steps_stops_all,
+        streamed.an_error_inside_a_layer_stops_all,
+        streamed.no_more_is_gathered_than_two_layers_and_what_stands_outside,
+        functools.partial(
+            streamed.both_kinds_of_plan_are_kept_apart_and_proven_when_stored, folder=str(tmp_path)
+        ),
+    )
+
+
+@pytest.mark.deep
+def test_layers_that_gather_do_what_pinned_ones_do() -> None:
+    checks = (
+        sharded.a_generate_leaves_deepspeed_as_it_was,
+        sharded.ranks_may_take_different_ways,
+        sharded.an_edit_that_one_rank_sees_is_followed_by_all,
+        sharded.edits_of_gathered_parameters_are_followed,
+        sharded.a_call_that_one_rank_refuses_raises_on_all,
+        sharded.different_models_are_refused,
+        sharded.what_is_not_captured_generates_all_the_same,
+        sharded.a_model_built_in_shards_generates,
+        sharded.lengths_may_differ,
+    )
+    run(
+        functools.partial(streamed.other_families_generate_as_transformers, kinds=("gpt2", "opt")),
+        streamed.memory_is_given_back,
+        streamed.a_wrong_plan_is_found_out,
+        *(functools.partial(check, **UNPINNED) for check in checks),
+    )
+
+
+@pytest.mark.deep
+def test_resident_memory_grows_by_two_layers() -> None:
+    run(streamed.resident_memory_grows_by_two_layers)
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_stage_precision_and_adapter(world: int) -> None:
     cells = itertools.product((0, 1, 2, 3), (False, True), (False, True))
-    run(*(cell(stage, lora=lora, bf16=bf16) for stage, lora, bf16 in cells), world=world)
+    pinned = [cell(stage, lora=lora, bf16=bf16) for stage, lora, bf16 in cells]
+    both = itertools.product((False, True), (False, True))
+    run(*pinned, *(cell(3, lora=lora, bf16=bf16, **UNPINNED) for lora, bf16 in both), world=world)
 
 
 @pytest.mark.deep
@@ -87,6 +132,13 @@ def test_offloading_defaults_and_accumulation() -> None:
             3,
             zero_force_ds_cpu_optimizer=False,
             zero={"offload_optimizer": cpu, "offload_param": cpu},
+        ),
+        cell(3, lora=True, zero={}, **UNPINNED),
+        cell(
+            3,
+            zero_force_ds_cpu_optimizer=False,
+            zero={"offload_optimizer": cpu, "offload_param": cpu},
+            **UNPINNED,
         ),
         cell(2, zero_force_ds_cpu_optimizer=False, zero={"offload_optimizer": cpu}),
     )

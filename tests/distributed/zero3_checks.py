@@ -48,13 +48,13 @@ def it_really_shards_and_gathers_in_few_collectives(rank: int) -> None:
     assert engine.stats.seconds["gather"] > 0
 
 
-def a_generate_leaves_deepspeed_as_it_was(rank: int) -> None:
+def a_generate_leaves_deepspeed_as_it_was(rank: int, **changes: Any) -> None:
     for zero in (None, {}):  # really sharded; as a tiny model is by default
-        engine = start(ds_config(3, zero=zero), make(False))
+        engine = start(ds_config(3, zero=zero, **changes), make(False))
         train(engine, rank)
         before = _status(engine)
-        for changes in ({}, {"num_beams": 2}):
-            engine.generate(**call(rank, **changes))
+        for options in ({}, {"num_beams": 2}):
+            engine.generate(**call(rank, **options))
             assert _status(engine) == before
         engine.module.generate(**_right_padded(rank))
         assert _status(engine) == before
@@ -69,10 +69,10 @@ def eval_frees_what_stays_gathered(rank: int) -> None:
     assert all(parameter.shape == (0,) for parameter in engine.module.parameters())
 
 
-def edits_of_gathered_parameters_are_followed(rank: int) -> None:
+def edits_of_gathered_parameters_are_followed(rank: int, **changes: Any) -> None:
     import deepspeed
 
-    engine = start(ds_config(3), make(False))
+    engine = start(ds_config(3, **changes), make(False))
     first = engine.generate(**call(rank))
     version = engine.weight_version
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
@@ -89,8 +89,8 @@ def edits_of_gathered_parameters_are_followed(rank: int) -> None:
     assert engine.stats.counters["prepares"] == 2
 
 
-def an_edit_that_one_rank_sees_is_followed_by_all(rank: int) -> None:
-    engine = start(ds_config(3), make(False))
+def an_edit_that_one_rank_sees_is_followed_by_all(rank: int, **changes: Any) -> None:
+    engine = start(ds_config(3, **changes), make(False))
     engine.generate(**call(rank))
     if rank == 1:
         engine.module.lm_head.weight.ds_tensor.mul_(-1)
@@ -105,8 +105,8 @@ def _right_padded(rank: int) -> dict[str, Any]:
     return {**given, **flipped}
 
 
-def ranks_may_take_different_ways(rank: int) -> None:
-    engine = start(ds_config(3), make(False))
+def ranks_may_take_different_ways(rank: int, **changes: Any) -> None:
+    engine = start(ds_config(3, **changes), make(False))
     held = weights(engine)
     ways = [call(0), _right_padded(1), call(0, num_beams=3), call(0, max_new_tokens=2)]
     for first, second in ((0, 1), (2, 0), (3, 1), (1, 1)):
@@ -115,8 +115,8 @@ def ranks_may_take_different_ways(rank: int) -> None:
     assert engine.stats.counters["prepares"] == 1
 
 
-def a_call_that_one_rank_refuses_raises_on_all(rank: int) -> None:
-    engine = start(ds_config(3), make(False))
+def a_call_that_one_rank_refuses_raises_on_all(rank: int, **changes: Any) -> None:
+    engine = start(ds_config(3, **changes), make(False))
     good = call(rank)
     bad = {**good, "input_ids": good["input_ids"] + 1000}
     with pytest.raises(InputError if rank else RankError, match="" if rank else "rank 1"):
@@ -155,16 +155,16 @@ def an_error_on_one_rank_stops_all(rank: int) -> None:
     assert torch.equal(engine.generate(**call(rank)), expected)
 
 
-def different_models_are_refused(rank: int) -> None:
-    engine = start(ds_config(3), make(True))
+def different_models_are_refused(rank: int, **changes: Any) -> None:
+    engine = start(ds_config(3, **changes), make(True))
     if rank:
         engine.module.base_model.disable_adapter_layers()
     with pytest.raises(RankError, match="models differ"):
         engine.generate(**call(rank))
 
 
-def what_is_not_captured_generates_all_the_same(rank: int) -> None:
-    engine = start(ds_config(3), make(False))
+def what_is_not_captured_generates_all_the_same(rank: int, **changes: Any) -> None:
+    engine = start(ds_config(3, **changes), make(False))
 
     def odd(module: Any, args: Any, output: Any) -> Any:
         return output * (1.0 if float(output.sum()) == float(output.sum()) else 2.0)
@@ -176,12 +176,12 @@ def what_is_not_captured_generates_all_the_same(rank: int) -> None:
     assert "not captured" in str(engine.stats.fallbacks)
 
 
-def a_model_built_in_shards_generates(rank: int) -> None:
+def a_model_built_in_shards_generates(rank: int, **changes: Any) -> None:
     import transformers
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    config = ds_config(3)
+    config = ds_config(3, **changes)
     shape = make(False).config
     alive = HfDeepSpeedConfig(config)  # transformers builds under deepspeed.zero.Init now
     try:
@@ -202,8 +202,8 @@ def _is_hf_over_steps(engine: Any, rank: int) -> None:
         train(engine, rank, seed)
 
 
-def tied_weights_are_gathered_once(rank: int) -> None:
-    engine = start(ds_config(3), make(False, kind="qwen2"))
+def tied_weights_are_gathered_once(rank: int, **changes: Any) -> None:
+    engine = start(ds_config(3, **changes), make(False, kind="qwen2"))
     for seed in range(2):
         with plain_linear():
             expected = plain(weights(engine), False, "qwen2").generate(**call(rank))
@@ -236,8 +236,8 @@ def prepared_memory_is_used_again(rank: int) -> None:
     assert whole <= engine._graphs.runner.prepared.nbytes < 1.3 * whole
 
 
-def lengths_may_differ(rank: int) -> None:
-    engine = start(ds_config(3), make(False))
+def lengths_may_differ(rank: int, **changes: Any) -> None:
+    engine = start(ds_config(3, **changes), make(False))
     held = weights(engine)
     for turn in range(2):
         rows = [[5, 3], [2]][(rank + turn) % 2]

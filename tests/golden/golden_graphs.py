@@ -1,11 +1,13 @@
-"""The two small models whose generated sources are kept as text, and how the text is made.
+"""The small models whose generated sources are kept as text, and how the text is made.
 
 They are the smallest that show every pass: a Llama with LoRA, folded but for one place that stays
-a branch, with every fusion; and a GPT-2 as it is served by default.
+a branch, with every fusion; a GPT-2 as it is served by default; and a Llama whose layers gather
+their own weights.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from tiny_models import VOCAB, adapted, tiny
 from torch import Tensor, nn
 
 from hybrid_fx.capture import capture
+from hybrid_fx.config import HybridConfig
 from hybrid_fx.plan.build import build_plan, normalize
+from hybrid_fx.plan.choice import optional_passes
 from hybrid_fx.plan.plan import Plan
 
 FOLDER = Path(__file__).resolve().parent
@@ -50,9 +54,18 @@ def _gpt2() -> Plan:
     return build_plan(graph, model="gpt2", vocab_size=VOCAB)
 
 
+def _streamed() -> Plan:
+    model = tiny("llama", layers=3)
+    model.model.rotary_emb = Angles(8)
+    graph = normalize(capture(model).graph)
+    passes = optional_passes(HybridConfig(), stream=True)
+    return build_plan(graph, model="streamed", vocab_size=VOCAB, passes=passes, stream=True)
+
+
 MODELS = {
     "llama_lora": ("a tiny Llama with LoRA, its output projection on the side", _llama_lora),
     "gpt2": ("a tiny GPT-2", _gpt2),
+    "streamed": ("a tiny Llama whose layers gather their own weights", _streamed),
 }
 
 
@@ -67,6 +80,8 @@ def _tables(plan: Plan) -> list[str]:
         own = "" if tensor.owns_memory else ", owns no memory"
         kind = f"{tensor.dtype} {list(tensor.shape)}{own}"
         lines += [f"# prepared[{number}] = {tensor.name} {kind}", f"#     {tensor.recipe}"]
+    for row, weights in itertools.groupby(manifest.streamed, key=lambda weight: weight.layer):
+        lines += [f"# shards[{row}] = {', '.join(weight.name for weight in weights)}"]
     lines += [f"# keys[{n}], values[{n}]: {kv.path}" for n, kv in enumerate(manifest.kv)]
     return lines
 

@@ -1,4 +1,4 @@
-"""The generated sources of two small models are, letter by letter, those that were kept."""
+"""The generated sources of a few small models are, letter by letter, those that were kept."""
 
 from __future__ import annotations
 

@@ -24,6 +24,45 @@ GROUPS = (
         ),
     ),
     Group(
+        "stream_gathers",
+        "passes/stream.py",
+        ("tests/passes/test_stream_gathers.py",),
+        (
+            Fault(
+                "a buffer, which may be written, is gathered with the weights",
+                'if _weight_of(node).meta.get("parameter")]',
+                "if _weight_of(node).meta]",
+            ),
+            Fault(
+                "a weight that two layers read is gathered in one of them",
+                "if readers and all(inside(n, layer) for n in (*derived, *readers)):",
+                "if readers and any(inside(n, layer) for n in (*derived, *readers)):",
+            ),
+            Fault(
+                "what is made of a weight is left in front of its gather",
+                "    for node in stage.early:\n        stage.first.prepend(node)\n",
+                "",
+            ),
+            Fault(
+                "a layer is handed the weights of another order",
+                '_named(graph, name, "getitem", whole, index,',
+                '_named(graph, name, "getitem", whole, -1 - index,',
+                ("tests/runtime/test_streamed_plans.py",),
+            ),
+            Fault(
+                "the next gather is issued when the layer has computed",
+                "            with graph.inserting_after(last):\n",
+                "            with graph.inserting_before(graph.output_node()):\n",
+                ("tests/runtime/test_streamed_plans.py",),
+            ),
+            Fault(
+                "layers gather in the order of their names",
+                "return sorted(found, key=lambda stage: place[stage.first])",
+                "return sorted(found, key=lambda stage: stage.layer, reverse=True)",
+            ),
+        ),
+    ),
+    Group(
         "hoist",
         "passes/hoist.py",
         _STAGING,

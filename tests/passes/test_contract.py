@@ -29,6 +29,7 @@ from hybrid_fx.passes.pipeline import (
     PASSES,
     PREFILL,
     STAGE,
+    STREAM,
     TRAIN,
 )
 
@@ -177,7 +178,7 @@ def test_the_whole_pipeline_fits_together_and_its_order_matters() -> None:
     for last, absent in ((PREFILL, set()), (DECODE, {"takes_embeds"})):
         whole = NORMALIZE + OPTIONAL + STAGE + last
         assert whole.given == frozenset()
-        assert whole.facts | TRAIN.facts == set(FACTS) - absent
+        assert whole.facts | TRAIN.facts | STREAM.facts == set(FACTS) - absent
     rng = random.Random(0)
     refused = 0
     for _ in range(100):

@@ -35,6 +35,7 @@ READS = {
     "fuse_add_norm": ("norm", "residual"),
     "shard_tp": ("attention",),  # one rank, which cuts nothing
     "gather_weights": PIECES,
+    "stream_gathers": PIECES,
     "thread_kv_prefill": ("attention",),
     "thread_kv_decode": ("attention",),
     "keep_last_tokens": ("norm",),

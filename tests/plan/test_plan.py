@@ -12,14 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_fx.errors import CacheError
-from hybrid_fx.plan.plan import (
-    FORMAT,
-    KVLayer,
-    Manifest,
-    Plan,
-    Prepared,
-    Weight,
-)
+from hybrid_fx.plan.plan import FORMAT, Manifest, Plan
+from hybrid_fx.plan.records import KVLayer, Prepared, Streamed, Weight
 
 PLAN_KEYS = ("prepare", "prefill", "decode")
 
@@ -41,6 +35,7 @@ def manifest() -> Manifest:
                 window=None, dtype="float32",
             ),
         ),
+        streamed=(Streamed(layer=0, name="up.weight", shape=(8, 8), dtype="bfloat16"),),
         guards={"max_position_embeddings": 64, "scaling": None, "windows": [4, None]},
         notes=("a note",),
         layers=({"path": "model.layers.0", "policy": "llama", "fused": ["qkv"], "missed": []},),

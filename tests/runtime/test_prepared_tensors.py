@@ -7,7 +7,7 @@ import torch
 from tiny_models import adapted, prompt, randomize_adapters, reweigh, tiny
 
 import hybrid_fx
-from hybrid_fx.plan.plan import Prepared
+from hybrid_fx.plan.records import Prepared
 from hybrid_fx.runtime.prepared import PreparedTensors
 
 

@@ -16,7 +16,7 @@ from tiny_models import VOCAB, tiny
 
 import hybrid_fx
 from hybrid_fx.errors import EngineClosedError
-from hybrid_fx.plan.plan import KVLayer
+from hybrid_fx.plan.records import KVLayer
 from hybrid_fx.runtime.session import PlanSession
 from hybrid_fx.runtime.workspace import Workspace
 

@@ -1,0 +1,113 @@
+"""The tensors that a manifest names: what a plan takes, makes and keeps.
+
+Shapes are those of the tensors named (legend: K key-value heads, D head size).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .plain import need_bool, need_positive, need_text, odd, set_shape
+from .source_check import TORCH_CONSTANTS
+
+_DTYPES = frozenset(name for name, value in TORCH_CONSTANTS.items() if type(value) is torch.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One argument of the prepare graph: a parameter or buffer of the model.
+
+    Attributes:
+        name: fully qualified name in the model.
+        shape: of the whole tensor.
+        dtype: canonical name without ``torch.``, e.g. ``"bfloat16"``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        need_text(self, "name", "dtype")
+        set_shape(self)
+        if self.dtype not in _DTYPES:
+            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """One tensor that the prepare graph returns and prefill and decode take.
+
+    Attributes:
+        name: of the tensor in the sources.
+        recipe: how it is made, for a person: ``"concat_qkv(…q_proj.weight, …)"``.
+        shape, dtype: as in :class:`Weight`.
+        owns_memory: False where it is a parameter itself or a view of one.
+    """
+
+    name: str
+    recipe: str
+    shape: tuple[int, ...]
+    dtype: str
+    owns_memory: bool
+
+    def __post_init__(self) -> None:
+        need_text(self, "name", "recipe", "dtype")
+        set_shape(self)
+        if self.dtype not in _DTYPES:
+            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+        need_bool(self, "owns_memory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayer:
+    """What one attention layer keeps in the workspace.
+
+    Attributes:
+        path: module path of the attention.
+        kv_heads: K.
+        head_size: D of the keys.
+        value_head_size: D of the values.
+        window: positions a query sees, itself included; None sees all.
+        dtype: of keys and values.
+    """
+
+    path: str
+    kv_heads: int
+    head_size: int
+    value_head_size: int
+    window: int | None
+    dtype: str
+
+    def __post_init__(self) -> None:
+        need_text(self, "path", "dtype")
+        if self.dtype not in _DTYPES:
+            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+        need_positive(self, "kv_heads", "head_size", "value_head_size")
+        if self.window is not None:
+            need_positive(self, "window")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streamed:
+    """One weight that prefill and decode make whole themselves, where its layer runs.
+
+    Attributes:
+        layer: number of the gather, in the order in which they are issued.
+        name, shape, dtype: as in :class:`Weight`.
+    """
+
+    layer: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        need_text(self, "name", "dtype")
+        set_shape(self)
+        if self.dtype not in _DTYPES:
+            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+        if type(self.layer) is not int or self.layer < 0:
+            odd(self, "layer", "an int, not negative")
