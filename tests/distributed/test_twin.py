@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,6 +139,15 @@ def test_a_bucket_holds_one_dtype() -> None:
     shards = [shard(1), shard(2, torch.bfloat16), shard(3)]
     cut = [[s.shape[0] for s in bucket] for bucket in buckets(shards)]
     assert cut == [[1, 3], [2]]
+
+
+def test_a_bucket_reaches_over_few_layers_and_not_outside_of_them() -> None:
+    layers = ("", "0", "0", "1", "2", "2", "")
+    shards = [replace(shard(size), layer=layer) for size, layer in enumerate(layers, 1)]
+    cut = [[s.shape[0] for s in bucket] for bucket in buckets(shards, layers=2)]
+    assert cut == [[1, 7], [2, 3, 4], [5, 6]]
+    assert [len(bucket) for bucket in buckets(shards, layers=1)] == [2, 2, 1, 2]
+    assert [len(bucket) for bucket in buckets(shards)] == [7]
 
 
 def test_what_is_whole_is_handed_through() -> None:

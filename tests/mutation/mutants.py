@@ -10,6 +10,7 @@ import faults_ranks
 import faults_runtime
 import faults_spelling
 import faults_staging
+import faults_teams
 import faults_tools
 import faults_training
 from mutant import Mutant, mutants_of
@@ -25,6 +26,7 @@ MUTANTS: list[Mutant] = mutants_of(
         *faults_runtime.GROUPS,
         *faults_engine.GROUPS,
         *faults_training.GROUPS,
+        *faults_teams.GROUPS,
         *faults_ranks.GROUPS,
     )
 )

@@ -52,7 +52,7 @@ def measure(dtype: str, lora: str) -> dict[str, int]:
     graphs = engine._graphs
     graphs._read_structure()
     tensors = graphs.tensors()
-    graphs._compare(tensors)  # what runs once in a process: code pages, thread pools
+    graphs._prove(tensors)  # what runs once in a process: code pages, thread pools
     graphs.runner.measure(tensors)
     graphs.release()
     first = rise(lambda: graphs._prepare(prove=True))

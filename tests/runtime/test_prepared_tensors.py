@@ -49,6 +49,17 @@ def test_memory_that_does_not_fit_is_replaced(other):
     assert first.eq(0).all()
 
 
+def test_a_slice_does_not_keep_the_rest():
+    held, whole = PreparedTensors(wanted(1)), torch.rand(4, 3)
+    (kept,) = filled(held, [whole[:2]])
+    assert kept.untyped_storage().nbytes() == held.nbytes == 2 * 3 * 4
+    assert torch.equal(kept, whole[:2])
+    (view,) = filled(PreparedTensors(wanted(1, owns=False)), [whole[:2]])
+    assert view.data_ptr() == whole.data_ptr()
+    padded = torch.rand(7)[:6].view(2, 3)  # as what was gathered from equal shards
+    assert filled(PreparedTensors(wanted(1)), [padded])[0].data_ptr() == padded.data_ptr()
+
+
 def test_weights_are_taken_as_they_are_and_never_written():
     held = PreparedTensors(wanted(1, owns=False))
     weights = [torch.nn.Parameter(torch.full((2, 3), float(i))) for i in range(2)]
@@ -119,11 +130,11 @@ def test_after_a_prepare_that_was_cut_short_the_next_generate_prepares_again(mon
 
 
 def test_a_first_use_that_was_cut_short_is_proven_again(monkeypatch):
-    from hybrid_fx.engine import graphs
+    from hybrid_fx.engine import prover
 
     engine = hybrid_fx.hybridize(tiny("llama"))
     expected = engine._plain_generate(**CALL)
-    real, probed = graphs.probe, []
+    real, probed = prover.probe, []
 
     def probe(*args):
         probed.append(args)
@@ -131,7 +142,7 @@ def test_a_first_use_that_was_cut_short_is_proven_again(monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(graphs, "probe", probe)
+    monkeypatch.setattr(prover, "probe", probe)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(**CALL)
     assert torch.equal(engine.generate(**CALL), expected)
