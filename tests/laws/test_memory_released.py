@@ -113,3 +113,14 @@ def test_nothing_remains_on_a_gpu() -> None:
             engine.generate(**given)
             engine.train()
             assert torch.cuda.memory_allocated() == before
+
+
+def test_the_lists_that_graphs_were_given_are_emptied() -> None:
+    """An error inside a graph is looked at with the graph's own arguments in its frames."""
+    with hybrid_fx.hybridize(tiny("llama")) as engine:
+        engine.generate(**CALL)
+        runner = engine._graphs.runner
+        given = (runner.prepared.tensors, runner.workspace.keys, runner.workspace.values)
+        assert all(given)
+        engine._graphs.release()
+        assert given == ([], [], [])

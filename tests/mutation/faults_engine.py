@@ -116,6 +116,12 @@ GROUPS = (
         (_FOLLOWED,),
         (
             Fault(
+                "an explanation in training keeps what it prepared",
+                "        if self._training and self._options.release_inference_cache and not",
+                "        if not self._training and not",
+                ("tests/laws/test_memory_released.py",),
+            ),
+            Fault(
                 "a forward with gradients is no change",
                 '            self._tracker.mark("a forward with gradients")\n',
                 "            pass\n",

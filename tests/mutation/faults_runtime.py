@@ -6,6 +6,8 @@ from mutant import Fault, Group
 
 _SESSIONS = ("tests/runtime/test_sessions.py",)
 
+_RELEASED = ("tests/laws/test_memory_released.py",)
+
 GROUPS = (
     Group(
         "capture",
@@ -41,6 +43,13 @@ GROUPS = (
         "hybrid_fx/runtime/workspace.py",
         _SESSIONS,
         (
+            Fault(
+                "frames of an error keep the workspace",
+                "        for held in (self._memory, self.keys, self.values):\n"
+                "            held.clear()\n",
+                "        self._memory, self.keys, self.values = [], [], []\n",
+                _RELEASED,
+            ),
             Fault(
                 "values stay where the old rows stood",
                 "(self._by_row(key)[rows, :length], self._by_row(value)[rows, :length])",
@@ -100,6 +109,12 @@ GROUPS = (
         "hybrid_fx/runtime/prepared.py",
         ("tests/runtime/test_prepared_tensors.py",),
         (
+            Fault(
+                "frames of an error keep the prepared tensors",
+                "        self.tensors.clear()\n",
+                "        self.tensors = []\n",
+                _RELEASED,
+            ),
             Fault(
                 "memory that is kept keeps the old weights",
                 "value = kept.copy_(value)",
