@@ -60,19 +60,6 @@ def test_the_demonstration_runs_under_torchrun(tmp_path: Path, stage: str) -> No
     _holds(run(*TORCHRUN, SCRIPT, *QUICK, *options), tmp_path, stage)
 
 
-@pytest.mark.deep
-def test_the_demonstration_learns_on_two_processes(tmp_path: Path) -> None:
-    options = ("--zero", "2", "--iterations", "60", "--digits", "1", "--out", str(tmp_path))
-    done = run(SCRIPT, *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    before, after = (
-        float(re.findall(rf"held-out accuracy {when} GRPO: ([\d.]+)%", done.stdout)[0])
-        for when in ("before", "after")
-    )
-    assert before >= 20, "rank 0 warmed up, and both ranks begin with its weights"
-    assert after > before + 5
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
