@@ -93,6 +93,8 @@ class Staging:
         key = (use, like.part.dtype, like.device)
         held = self._held.get(key)
         if held is None or held.numel() < count:
+            del held
+            self._held.pop(key, None)  # gone before its successor comes
             held = self._held[key] = self.fresh(use, count, like)
         return held[:count]
 

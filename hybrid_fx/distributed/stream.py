@@ -96,13 +96,10 @@ class ShardStream:
             ranks = dist.get_world_size(first.group)
             count = sum(shard.part.numel() for shard in bucket)
             rows = self._staging.take(f"rows {number}", ranks * count, first).view(ranks, count)
-            mine = rows[dist.get_rank(first.group)]
-            fill(mine, bucket)
-            work = None
-            if ranks > 1:
-                flat = rows.view(-1)
-                work = all_gather_single(flat, mine, group=first.group, async_op=True)
-            pending.gathers.append((bucket, rows, work))
+            fill(rows[dist.get_rank(first.group)], bucket)
+            pending.gathers.append((bucket, rows, None))
+        # All memory is there: from here on, this rank issues what the others do.
+        pending.gathers = [(*row[:2], _all_gather(*row[:2])) for row in pending.gathers]
         self._issued += 1
         return pending
 
@@ -162,3 +159,11 @@ class ShardStream:
         """Let a gather end that nobody here waits for."""
         for _ in self._landed(pending):
             pass
+
+
+def _all_gather(bucket: Sequence[Shard], rows: Tensor) -> Any:
+    """Fill the rows [W, sum] of the other ranks; the work under way, None where there are none."""
+    group = bucket[0].group
+    if len(rows) == 1:
+        return None
+    return all_gather_single(rows.view(-1), rows[dist.get_rank(group)], group=group, async_op=True)

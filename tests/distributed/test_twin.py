@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import adapted, prompt, tiny
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hybrid_fx.cache.key import StructureKey
 from hybrid_fx.cache.tree import View
 from hybrid_fx.capture import capture
 from hybrid_fx.config import HybridConfig
-from hybrid_fx.distributed.shards import Shard, ShardGather, buckets
+from hybrid_fx.distributed.shards import Shard, ShardGather, Staging, buckets
 from hybrid_fx.distributed.twin import outline, twin
 from hybrid_fx.plan.build import build_plan, normalize
 
@@ -148,6 +149,25 @@ def test_a_bucket_reaches_over_few_layers_and_not_outside_of_them() -> None:
     assert cut == [[1, 7], [2, 3, 4], [5, 6]]
     assert [len(bucket) for bucket in buckets(shards, layers=1)] == [2, 2, 1, 2]
     assert [len(bucket) for bucket in buckets(shards)] == [7]
+
+
+def test_memory_that_grows_never_stands_beside_what_it_replaces() -> None:
+    class Grows(Staging):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ended: list[bool] = []
+            self.last: StorageWeakRef | None = None
+
+        def fresh(self, use: str, count: int, like: Shard) -> Tensor:  # type: ignore[override]
+            self.ended.append(self.last is None or self.last.expired())
+            made = Staging.fresh(use, count, like)
+            self.last = StorageWeakRef(made.untyped_storage())
+            return made
+
+    staging = Grows()
+    for count in (4, 2, 8, 8):
+        assert staging.take("rows", count, shard(1)).shape == (count,)
+    assert staging.ended == [True, True]
 
 
 def test_what_is_whole_is_handed_through() -> None:
