@@ -36,6 +36,7 @@ class Step:
     keep: int = 1
     rows: tuple[int, ...] | None = None
     crop: int = 0
+    again: tuple[int, ...] | None = None
 
 
 def timer(_: str) -> Any:
@@ -48,9 +49,10 @@ def play(session: Any, batch: int, steps: Sequence[Step], seed: int) -> list[Any
     found = []
     try:
         for step in steps:
-            if step.rows is not None:
-                session.reorder(torch.tensor(step.rows))
-                batch = len(step.rows)
+            for rows in (step.rows, step.again):
+                if rows is not None:
+                    session.reorder(torch.tensor(rows))
+                    batch = len(rows)
             if step.crop:
                 session.crop(max(1, session.length - step.crop))
             ids = torch.randint(VOCAB, (batch, step.width), generator=rng)
@@ -149,6 +151,8 @@ CASES: dict[str, list[list[tuple[int, list[Step]]]]] = {
         [(1, [Step(4), Step(3, keep=3), Step(2, keep=2, crop=2), Step(4, keep=4, crop=1)])],
         [(2, prompt(6, 6))],
     ],
+    "more logits for one": [[(2, [Step(4, keep=4), Step(1)])], [(1, prompt(4, 3))]],
+    "moved twice": [[(3, [Step(4), Step(1, rows=(1, 2, 0), again=(2, 2))])], [(2, prompt(4, 4))]],
     "pieces of a prompt": [[(2, [Step(3), Step(3), Step(2), *prompt(1, 3)])], [(1, prompt(5, 7))]],
     "a second session": [[(2, prompt(4, 1)), (3, prompt(2, 4))], [(1, prompt(3, 7))]],
     "four": [[(1, prompt(2 + rank, 2 + rank))] for rank in range(4)],
