@@ -81,17 +81,8 @@ def _nvme(setup: Setup) -> bool:
 _OFFLOADED = ("param", "optimizer")
 
 
-def _unpinned(setup: Setup) -> bool:
-    return setup.stage == 3 and not setup.block.pin_parameters
-
-
 #: (what is not supported, whether a setup has it, what to do instead)
 RULES: tuple[tuple[str, Callable[[Setup], bool], str], ...] = (
-    (
-        "hybrid_engine.inference_tp_size above 1 with pin_parameters=false under ZeRO stage 3",
-        lambda setup: _unpinned(setup) and setup.block.inference_tp_size > 1,
-        "set pin_parameters to true: each rank then keeps its share of the weights",
-    ),
     (
         "AutoTP, which slices the model to train it",
         lambda setup: _above_one(setup.at("tensor_parallel", "autotp_size")),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .lockstep import gone
+from .torch_collectives import all_gather_single
 
 #: Within a forward all ranks compute alike, so none waits long for another: one that is silent for
 #: this many seconds has raised, or is gone.
@@ -54,7 +55,7 @@ class Collectives:
         """
         parts = x.new_empty(self._size * x.numel())
         try:
-            dist.all_gather_into_tensor(parts, x.contiguous().view(-1), group=self._group)
+            all_gather_single(parts, x.contiguous().view(-1), group=self._group)
         except RuntimeError as error:
             raise gone(error) from error
         return parts.view(self._size, *x.shape).unbind(0)

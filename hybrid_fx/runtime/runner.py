@@ -208,8 +208,7 @@ class PlanRunner:
         """
         memory = (self.prepared.tensors, self.workspace.keys, self.workspace.values)
         embeds = (None,) if stage == "prefill" else ()
-        logits: Tensor = self._functions[stage][stage](*inputs, *memory, *embeds, *self._group)
-        return logits
+        return self._graph(stage)(*inputs, *memory, *embeds, *self._group)
 
     def _graph(self, stage: str) -> Graph:
         """A function of the plan as sessions call it."""

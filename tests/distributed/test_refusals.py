@@ -52,12 +52,6 @@ TEAM = {"hybrid_engine": {"enabled": True, "inference_tp_size": 2}}
 
 #: One setup for each rule, in their order.
 REFUSED = [
-    setup(
-        {
-            "hybrid_engine": {"enabled": True, "inference_tp_size": 2, "pin_parameters": False},
-            "zero_optimization": {"stage": 3},
-        }
-    ),
     setup({"tensor_parallel": {"autotp_size": 4}}),
     setup({"sequence_parallel_size": 2}),
     zero(stage=3, offload_param={"device": "nvme"}),
@@ -74,6 +68,12 @@ MORE = [
     (zero(stage=3, zero_hpz_partition_size=2), "hpZ"),
 ]
 ACCEPTED = [
+    setup(
+        {
+            "hybrid_engine": {"enabled": True, "inference_tp_size": 2, "pin_parameters": False},
+            "zero_optimization": {"stage": 3},
+        }
+    ),
     setup(),
     setup({"zero_optimization": True}),
     setup({"hybrid_engine": {"inference_tp_size": 2}}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,6 @@ from zero_checks import cell
 
 def test_whole_weights_generate_as_transformers_and_train_as_deepspeed(tmp_path: Path) -> None:
     run(
-        cell(2),
-        cell(0, lora=True),
-        cell(1, bf16=True),
         functools.partial(any_stage.it_is_an_engine_of_both_kinds, stage=1),
         functools.partial(any_stage.an_engine_is_taken_over_and_given_back, stage=2),
         any_stage.without_the_block_it_is_deepspeed,
@@ -110,15 +106,6 @@ def test_layers_that_gather_do_what_pinned_ones_do() -> None:
 @pytest.mark.deep
 def test_resident_memory_grows_by_two_layers() -> None:
     run(streamed.resident_memory_grows_by_two_layers)
-
-
-@pytest.mark.deep
-@pytest.mark.parametrize("world", [1, 2])
-def test_every_stage_precision_and_adapter(world: int) -> None:
-    cells = itertools.product((0, 1, 2, 3), (False, True), (False, True))
-    pinned = [cell(stage, lora=lora, bf16=bf16) for stage, lora, bf16 in cells]
-    both = itertools.product((False, True), (False, True))
-    run(*pinned, *(cell(3, lora=lora, bf16=bf16, **UNPINNED) for lora, bf16 in both), world=world)
 
 
 @pytest.mark.deep

@@ -23,10 +23,13 @@ def at(check: Check, stage: int, **given: str) -> Check:
     return functools.partial(check, stage=stage, **given)
 
 
+def streamed(check: Check, stage: int = 3) -> Check:
+    """A check of layers that gather their own weights."""
+    return functools.partial(team.under, check=at(check, stage), pin_parameters=False)
+
+
 def test_whole_weights_are_generated_from_together() -> None:
     run(
-        cell(2, hybrid_engine=TWO),
-        cell(1, bf16=True, hybrid_engine=TWO),
         at(team.any_prompts_generate_as_their_rows_alone, 0),
         at(team.rows_end_when_they_end, 0),
         at(team.samples_are_those_of_each_ranks_generator, 1),
@@ -59,6 +62,7 @@ def test_sharded_weights_are_generated_from_together() -> None:
         team.no_rank_ever_holds_the_whole_model,
         at(team.what_is_not_captured_generates_all_the_same, 3),
         at(team.a_units_groups_are_used_as_given, 3),
+        streamed(team.any_prompts_generate_as_their_rows_alone),
     )
 
 
@@ -75,12 +79,6 @@ def test_every_kind_of_model_is_generated_from_together() -> None:
 
 
 @pytest.mark.deep
-def test_every_stage_precision_and_adapter_together() -> None:
-    cells = itertools.product((0, 1, 2, 3), (False, True), (False, True))
-    run(*(cell(s, lora=lora, bf16=bf16, hybrid_engine=TWO) for s, lora, bf16 in cells))
-
-
-@pytest.mark.deep
 @pytest.mark.parametrize("size", [2, 4])
 def test_four_ranks_in_one_team_or_two(size: int) -> None:
     block = {**TWO, "inference_tp_size": size}
@@ -90,8 +88,8 @@ def test_four_ranks_in_one_team_or_two(size: int) -> None:
         at(team.other_loops_run_over_joint_forwards, 3),
         at(team.samples_are_those_of_each_ranks_generator, 2),
     ]
-    with_size = [functools.partial(team.in_teams_of, size=size, check=check) for check in checks]
-    run(*(cell(s, hybrid_engine=block) for s in (1, 3)), *with_size, world=4)
+    sized = [functools.partial(team.under, check=c, inference_tp_size=size) for c in checks]
+    run(*(cell(s, hybrid_engine=block) for s in (1, 3)), *sized, world=4)
 
 
 @pytest.mark.deep
@@ -99,8 +97,21 @@ def test_one_team_does_not_wait_for_the_other() -> None:
     run(
         at(team.an_error_in_one_team, 0),
         at(team.an_error_in_one_team, 3),
+        streamed(team.an_error_in_one_team),
         world=4,
     )
+
+
+@pytest.mark.deep
+def test_teams_gather_layer_by_layer_for_one_another() -> None:
+    checks = (
+        team.any_prompts_generate_as_their_rows_alone,
+        team.a_rank_without_rows_takes_part,
+        team.other_loops_run_over_joint_forwards,
+        team.rows_end_when_they_end,
+        team.ways_may_differ,
+    )
+    run(*map(streamed, checks), world=4)
 
 
 @pytest.mark.deep

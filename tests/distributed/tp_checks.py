@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,29 +17,29 @@ from hybrid_fx.capture import plain_linear
 from hybrid_fx.errors import EngineClosedError, InputError, RankError
 
 
-def team_config(stage: int, size: int = 2, **changes: Any) -> dict[str, Any]:
-    """A config in which ``size`` ranks generate together; further fields are of the block."""
+def team_config(stage: int, **block: Any) -> dict[str, Any]:
+    """A config in which two ranks generate together; ``block`` are further fields of its block."""
     config = ds_config(stage)
-    config["hybrid_engine"] |= {"inference_tp_size": size, **changes}
+    config["hybrid_engine"] |= {"inference_tp_size": 2, **block}
     return config
 
 
-def started(stage: int, model: Any = None, **changes: Any) -> Any:
-    """An engine of two ranks that generate together, or of as many as :func:`in_teams_of` says."""
-    config = team_config(stage, int(os.environ.get(_SIZE, "2")), **changes)
-    return start(config, make(False) if model is None else model)
+def started(stage: int, model: Any = None) -> Any:
+    """An engine of two ranks that generate together, or as :func:`under` says."""
+    block = json.loads(os.environ.get(_BLOCK, "{}"))
+    return start(team_config(stage, **block), make(False) if model is None else model)
 
 
-_SIZE = "TEAM_SIZE_OF_THESE_CHECKS"
+_BLOCK = "BLOCK_OF_THESE_CHECKS"
 
 
-def in_teams_of(rank: int, size: int, check: Callable[[int], None]) -> None:
-    """``check`` with teams of this size."""
-    os.environ[_SIZE] = str(size)
+def under(rank: int, check: Callable[[int], None], **block: Any) -> None:
+    """``check`` with these fields of the ``hybrid_engine`` block."""
+    os.environ[_BLOCK] = json.dumps(block)
     try:
         check(rank)
     finally:
-        del os.environ[_SIZE]
+        del os.environ[_BLOCK]
 
 
 def same(engine: Any, given: dict[str, Any], reference: Any = None) -> Tensor:
