@@ -17,6 +17,7 @@ calls only functions above it: the number of calls is known without running them
 from __future__ import annotations
 
 import ast
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType, MappingProxyType, NoneType
@@ -25,6 +26,9 @@ from typing import NoReturn
 import torch
 
 from ..errors import CacheError
+
+# CPython 3.11 counts the depth of a tree in one place for all threads, and fails where they mix.
+_PARSING = threading.Lock()
 
 MAX_CHARACTERS = 2**23
 """Longest accepted source. A shared layer needs some 10 KB; 80 unshared ones about 1.5 MB."""
@@ -75,7 +79,8 @@ def check_source(source: str, operator_names: Collection[str]) -> ast.Module:
             f"{MAX_CHARACTERS}; capture the model again"
         )
     try:
-        tree = ast.parse(source)
+        with _PARSING:
+            tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 0
         raise CacheError(
