@@ -241,6 +241,7 @@ class HybridEngine:
             self._graphs,
             self.stats,
             self._training_graphs,
+            view=self._source.view,
             passes=passes,
         )
         if self._training and self._options.release_inference_cache and not self._running:

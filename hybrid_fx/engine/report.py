@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..cache.adapters import configs
+from ..cache.tree import View
 from ..config import HybridConfig
 from ..generate import causal_lm
 from ..passes.outcome import LayerReport, Missed
@@ -50,10 +51,11 @@ def _other_adapters(model: nn.Module) -> tuple[LoraDecision, ...]:
     return tuple(found.values())
 
 
-def _hook_notes(model: nn.Module) -> list[str]:
+def _hook_notes(model: nn.Module, view: View) -> list[str]:
     notes = []
     for path, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(map(view.foreign_hook, hooks)):
             notes.append(
                 f"forward hook on {path or 'the model'}: what it returns is part of the graphs; "
                 "what else it does happens only while they are captured"
@@ -95,6 +97,7 @@ def build_explanation(
     stats: Stats,
     training: TrainingGraphs | None,
     *,
+    view: View,
     passes: bool = False,
 ) -> Explanation:
     """The report of an engine as it stands."""
@@ -104,7 +107,7 @@ def build_explanation(
     plans = [plan for plan in (runner and runner.plan, trained) if plan]
     if training is not None:
         notes += _training_notes(training)
-    notes += _hook_notes(model)
+    notes += _hook_notes(model, view)
     if runner is not None and runner.plan.manifest.streamed:
         notes.append(
             "pin_parameters=false: each layer gathers its weights while it runs, at most "

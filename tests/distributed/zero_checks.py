@@ -71,7 +71,9 @@ def cycles(rank: int, *, stage: int, lora: bool | str, bf16: bool, changes: Any 
         assert torch.equal(tensor, trained[name]), name
     assert engine.stats.counters["prepares"] == CYCLES + 1
     assert not engine.stats.fallbacks
-    assert engine.explain().matched == engine.explain().total == 2
+    told = engine.explain()
+    assert told.matched == told.total == 2
+    assert not any("hook" in note for note in told.notes)
 
 
 def cell(stage: int, *, lora: bool | str = False, bf16: bool = False, **changes: Any) -> Check:
