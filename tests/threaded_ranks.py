@@ -8,9 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-#: Held while a plan is loaded: CPython 3.11 counts the depth of its parser for all threads alike.
-LOADING = threading.Lock()
-
 
 class Meeting:
     """What the ranks share: a place for each, and a barrier."""

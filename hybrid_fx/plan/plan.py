@@ -28,7 +28,7 @@ from .plain import (
     set_tuple,
 )
 from .records import KVLayer, Prepared, Streamed, Weight
-from .source_check import TORCH_CONSTANTS, check_source
+from .source_check import PARSING, TORCH_CONSTANTS, check_source
 
 FORMAT = 4
 """Version of the manifest's fields. Raise it with every change to them."""
@@ -236,5 +236,7 @@ def load_functions(
         [line + "\n" for line in plan_source.split("\n")],
         filename,
     )
-    exec(compile(tree, filename, "exec", dont_inherit=True), namespace)
+    with PARSING:
+        code = compile(tree, filename, "exec", dont_inherit=True)
+    exec(code, namespace)
     return {key: value for key, value in namespace.items() if key not in given | {"__doc__"}}

@@ -27,8 +27,9 @@ import torch
 
 from ..errors import CacheError
 
-# CPython 3.11 counts the depth of a tree in one place for all threads, and fails where they mix.
-_PARSING = threading.Lock()
+#: Held while trees are made and compiled: CPython 3.11 counts the depth of those of all threads in
+#: one place, and fails where they mix.
+PARSING = threading.Lock()
 
 MAX_CHARACTERS = 2**23
 """Longest accepted source. A shared layer needs some 10 KB; 80 unshared ones about 1.5 MB."""
@@ -79,7 +80,7 @@ def check_source(source: str, operator_names: Collection[str]) -> ast.Module:
             f"{MAX_CHARACTERS}; capture the model again"
         )
     try:
-        with _PARSING:
+        with PARSING:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 0

@@ -15,17 +15,21 @@ from two_ranks import run
 from zero_checks import cell
 
 
-def test_layers_that_hold_their_factors_train_and_generate_under_every_stage() -> None:
+def test_layers_that_hold_their_factors_train_and_generate() -> None:
     run(
-        cell(0, lora="chat", bf16=True),
         partial(chat.both_factors_are_trained_and_folded, stage=0),
-        partial(chat.both_factors_are_trained_and_folded, stage=1),
-        cell(2, lora="chat"),
-        partial(chat.every_state_of_the_layers_is_followed, stage=2),
         partial(chat.both_factors_are_trained_and_folded, stage=3),
-        cell(3, lora="chat", bf16=True),
         partial(chat.every_state_of_the_layers_is_followed, stage=3),
         chat.a_state_that_one_rank_alone_changed_is_refused,
+    )
+
+
+@pytest.mark.deep
+def test_they_do_under_the_stages_between() -> None:
+    run(
+        partial(chat.both_factors_are_trained_and_folded, stage=1),
+        partial(chat.both_factors_are_trained_and_folded, stage=2),
+        partial(chat.every_state_of_the_layers_is_followed, stage=2),
     )
 
 

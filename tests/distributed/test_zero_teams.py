@@ -53,19 +53,25 @@ def test_sharded_weights_are_generated_from_together() -> None:
     run(
         cell(3, hybrid_engine=TWO),
         at(shares.adapters_run_on_every_side, 3),
-        at(rows.any_prompts_generate_as_their_rows_alone, 3),
         at(rows.a_rank_without_rows_takes_part, 3),
+        at(errors.an_error_on_one_rank_is_one_of_its_team, 3),
+        at(shares.a_rank_keeps_its_share_alone, 3),
+        shares.no_rank_ever_holds_the_whole_model,
+        streamed(rows.any_prompts_generate_as_their_rows_alone),
+    )
+
+
+@pytest.mark.deep
+def test_sharded_weights_do_in_teams_what_whole_ones_do() -> None:
+    run(
+        at(rows.any_prompts_generate_as_their_rows_alone, 3),
         at(rows.samples_are_those_of_each_ranks_generator, 3),
         at(errors.other_options_in_a_team_are_refused_by_name, 3),
-        at(errors.an_error_on_one_rank_is_one_of_its_team, 3),
         at(rows.ways_may_differ, 3),
         at(rows.what_ranks_cannot_share_runs_the_module, 3),
         at(rows.a_generate_inside_another_is_refused, 3),
-        at(shares.a_rank_keeps_its_share_alone, 3),
-        shares.no_rank_ever_holds_the_whole_model,
         at(errors.what_is_not_captured_generates_all_the_same, 3),
         at(shares.a_units_groups_are_used_as_given, 3),
-        streamed(rows.any_prompts_generate_as_their_rows_alone),
     )
 
 

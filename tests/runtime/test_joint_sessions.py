@@ -5,6 +5,7 @@ Legend: B batch, T tokens, S positions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tensor_parallel import plans, tensors_of
-from threaded_ranks import LOADING, Rank, on_ranks
+from threaded_ranks import Rank, on_ranks
 from tiny_models import VOCAB, tiny
 
 from hybrid_fx.errors import EngineClosedError, InputError
@@ -77,8 +78,7 @@ class Kind:
     cut: Any
 
     def runner(self, plan: Any, group: Rank | None) -> PlanRunner:
-        with LOADING:
-            runner = PlanRunner(plan, device=torch.device("cpu"), timer=timer, group=group)
+        runner = PlanRunner(plan, device=torch.device("cpu"), timer=timer, group=group)
         runner.prepare(self.tensors)
         return runner
 
@@ -107,15 +107,15 @@ class Kind:
         return on_ranks(len(work), on)
 
 
+@functools.cache
 def kind(name: str) -> Kind:
+    """Of a model by its name, made once."""
     model = tiny(name).eval()
     (whole,) = plans(model, 1)
     return Kind(tensors_of(model), whole, {size: plans(model, size) for size in (2, 3, 4)})
 
 
-@pytest.fixture(scope="module")
-def kinds() -> dict[str, Kind]:
-    return {name: kind(name) for name in ("llama", "mistral", "gpt2")}
+KINDS = ("gpt2", "llama", "mistral")
 
 
 def check(one: Kind, work: Sequence[Any]) -> None:
@@ -161,10 +161,8 @@ CASES: dict[str, list[list[tuple[int, list[Step]]]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("model", ["llama", "mistral"])
-def test_the_logits_of_each_rank_are_those_of_its_rows_alone(
-    kinds: dict[str, Kind], model: str, name: str
-) -> None:
-    check(kinds[model], CASES[name])
+def test_the_logits_of_each_rank_are_those_of_its_rows_alone(model: str, name: str) -> None:
+    check(kind(model), CASES[name])
 
 
 @st.composite
@@ -186,14 +184,12 @@ def sessions(draw: st.DrawFn) -> tuple[int, list[Step]]:
 
 @settings(max_examples=max(10, settings().max_examples // 2))
 @given(st.lists(st.lists(sessions(), max_size=2), min_size=2, max_size=3), st.data())
-def test_whatever_ranks_do_they_do_not_disturb_each_other(
-    kinds: dict[str, Kind], work: Any, data: Any
-) -> None:
-    check(kinds[data.draw(st.sampled_from(sorted(kinds)))], work)
+def test_whatever_ranks_do_they_do_not_disturb_each_other(work: Any, data: Any) -> None:
+    check(kind(data.draw(st.sampled_from(KINDS))), work)
 
 
-def test_rows_that_end_together_are_read_without_a_table(kinds: dict[str, Kind]) -> None:
-    one = kinds["llama"]
+def test_rows_that_end_together_are_read_without_a_table() -> None:
+    one = kind("llama")
     pitches: list[int] = []
 
     def on(rank: Rank) -> None:
@@ -216,8 +212,8 @@ def test_rows_that_end_together_are_read_without_a_table(kinds: dict[str, Kind])
     assert all(pitches)
 
 
-def test_stale_memory_before_a_row_does_no_harm(kinds: dict[str, Kind]) -> None:
-    one = kinds["llama"]
+def test_stale_memory_before_a_row_does_no_harm() -> None:
+    one = kind("llama")
 
     def on(rank: Rank) -> Any:
         runner = one.runner(one.cut[2][rank.rank], rank)
@@ -233,8 +229,8 @@ def test_stale_memory_before_a_row_does_no_harm(kinds: dict[str, Kind]) -> None:
     assert all(bool(t.isfinite().all()) for found in on_ranks(2, on) for t in found)
 
 
-def test_what_ranks_together_do_not_serve_is_refused(kinds: dict[str, Kind]) -> None:
-    one = kinds["llama"]
+def test_what_ranks_together_do_not_serve_is_refused() -> None:
+    one = kind("llama")
     joint = JointRunner(one.runner(one.whole, None), Rank(None, 0), 0, timer)  # type: ignore[arg-type]
     assert joint.takes_embeds is False
     assert joint.holds_keys is False

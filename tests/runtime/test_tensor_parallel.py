@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from threaded_ranks import LOADING, Rank, on_ranks
+from threaded_ranks import Rank, on_ranks
 from tiny_models import adapted, prompt, tiny
+from torch import fx
 
 from hybrid_fx.capture import capture
 from hybrid_fx.errors import InputError
@@ -19,8 +21,13 @@ from hybrid_fx.plan.plan import Plan
 from hybrid_fx.runtime import PlanRunner
 
 
+@functools.lru_cache(maxsize=1)
+def canonical(model: Any) -> fx.Graph:
+    return normalize(capture(model).graph)
+
+
 def plans(model: Any, size: int, **options: Any) -> list[Plan]:
-    graph = normalize(capture(model).graph)
+    graph = canonical(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     given = {"model": "tiny", "vocab_size": vocabulary, **options}
     return [build_plan(graph, shard=(rank, size), **given) for rank in range(size)]
@@ -51,8 +58,7 @@ def make_runner(plan: Plan, model: Any, group: Rank | None) -> PlanRunner:
     def timer(_: str) -> Any:
         return nullcontext(SimpleNamespace(tokens=0))
 
-    with LOADING:
-        runner = PlanRunner(plan, device=torch.device("cpu"), timer=timer, group=group)
+    runner = PlanRunner(plan, device=torch.device("cpu"), timer=timer, group=group)
     runner.prepare(tensors_of(model))
     return runner
 
