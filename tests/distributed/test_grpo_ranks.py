@@ -46,6 +46,7 @@ def _holds(done: subprocess.CompletedProcess[str], out: Path, stage: str) -> Non
     assert (out / "grpo.png").exists()
 
 
+@pytest.mark.deep
 def test_the_demonstration_starts_its_processes_and_shows_the_share_of_gathering(
     tmp_path: Path,
 ) -> None:

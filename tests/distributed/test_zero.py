@@ -67,23 +67,19 @@ def test_sharded_weights_are_gathered_beside_deepspeed() -> None:
     )
 
 
-def test_layers_gather_their_own_weights(tmp_path: Path) -> None:
+def test_layers_gather_their_own_weights() -> None:
     run(
         cell(3, lora=True, **UNPINNED),
-        functools.partial(streamed.other_families_generate_as_transformers, kinds=("qwen2",)),
         streamed.gathers_are_under_way_while_layers_compute,
         streamed.ranks_may_do_different_amounts,
         streamed.an_error_between_two_steps_stops_all,
         streamed.an_error_inside_a_layer_stops_all,
         streamed.no_more_is_gathered_than_two_layers_and_what_stands_outside,
-        functools.partial(
-            streamed.both_kinds_of_plan_are_kept_apart_and_proven_when_stored, folder=str(tmp_path)
-        ),
     )
 
 
 @pytest.mark.deep
-def test_layers_that_gather_do_what_pinned_ones_do() -> None:
+def test_layers_that_gather_do_what_pinned_ones_do(tmp_path: Path) -> None:
     checks = (
         sharded.a_generate_leaves_deepspeed_as_it_was,
         sharded.ranks_may_take_different_ways,
@@ -96,7 +92,12 @@ def test_layers_that_gather_do_what_pinned_ones_do() -> None:
         sharded.lengths_may_differ,
     )
     run(
-        functools.partial(streamed.other_families_generate_as_transformers, kinds=("gpt2", "opt")),
+        functools.partial(
+            streamed.other_families_generate_as_transformers, kinds=("qwen2", "gpt2", "opt")
+        ),
+        functools.partial(
+            streamed.both_kinds_of_plan_are_kept_apart_and_proven_when_stored, folder=str(tmp_path)
+        ),
         streamed.memory_is_given_back,
         streamed.a_wrong_plan_is_found_out,
         *(functools.partial(check, **UNPINNED) for check in checks),

@@ -17,16 +17,16 @@ from zero_checks import cell
 
 def test_layers_that_hold_their_factors_train_and_generate() -> None:
     run(
-        partial(chat.both_factors_are_trained_and_folded, stage=0),
         partial(chat.both_factors_are_trained_and_folded, stage=3),
-        partial(chat.every_state_of_the_layers_is_followed, stage=3),
         chat.a_state_that_one_rank_alone_changed_is_refused,
     )
 
 
 @pytest.mark.deep
-def test_they_do_under_the_stages_between() -> None:
+def test_they_do_under_every_stage() -> None:
     run(
+        partial(chat.both_factors_are_trained_and_folded, stage=0),
+        partial(chat.every_state_of_the_layers_is_followed, stage=3),
         partial(chat.both_factors_are_trained_and_folded, stage=1),
         partial(chat.both_factors_are_trained_and_folded, stage=2),
         partial(chat.every_state_of_the_layers_is_followed, stage=2),
@@ -38,3 +38,13 @@ def test_they_do_under_the_stages_between() -> None:
 def test_every_stage_and_precision_with_layers_that_hold_their_factors(world: int) -> None:
     cells = itertools.product((0, 1, 2, 3), (False, True))
     run(*(cell(stage, lora="chat", bf16=bf16) for stage, bf16 in cells), world=world)
+
+
+@pytest.mark.deep
+def test_they_do_in_teams_and_layer_by_layer() -> None:
+    block = {"enabled": True, "max_out_tokens": 32}
+    run(
+        cell(0, lora="chat", hybrid_engine={**block, "inference_tp_size": 2}),
+        cell(3, lora="chat", hybrid_engine={**block, "inference_tp_size": 2}),
+        cell(3, lora="chat", hybrid_engine={**block, "pin_parameters": False}),
+    )

@@ -39,20 +39,6 @@ def test_nothing_of_inference_is_saved_and_a_load_is_followed(tmp_path: Path) ->
     )
 
 
-def test_checkpoints_go_to_other_stages(tmp_path: Path) -> None:
-    run(
-        partial(checks.write, stage=2, folder=tmp_path),
-        partial(checks.write, stage=3, folder=tmp_path),
-        partial(checks.it_is_loaded_elsewhere, folder=tmp_path, source=2, target=1),
-        partial(
-            checks.weights_put_together_from_shards_are_generated_from,
-            folder=tmp_path,
-            source=3,
-            target=2,
-        ),
-    )
-
-
 @pytest.mark.deep
 def test_checkpoints_go_to_other_stages_and_to_one_rank(tmp_path: Path) -> None:
     written = [partial(checks.write, stage=stage, folder=tmp_path) for stage in (1, 2, 3)]

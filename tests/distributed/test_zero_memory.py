@@ -14,17 +14,11 @@ import memory_checks as memory
 from two_ranks import run
 
 
-def test_nothing_of_inference_remains_where_it_is_to_be_released() -> None:
-    run(
-        partial(memory.nothing_of_inference_remains, stage=3, lora="chat"),
-        partial(memory.kept_memory_is_seen, stage=3),
-    )
-
-
 @pytest.mark.deep
 def test_nothing_of_inference_remains_under_any_stage() -> None:
     cells = itertools.product((0, 1, 2, 3), (False, True, "chat"))
     run(
         *(partial(memory.nothing_of_inference_remains, stage=s, lora=lora) for s, lora in cells),
         partial(memory.kept_memory_is_seen, stage=0),
+        partial(memory.kept_memory_is_seen, stage=3),
     )

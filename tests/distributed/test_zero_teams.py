@@ -36,15 +36,10 @@ def test_whole_weights_are_generated_from_together() -> None:
         at(rows.any_prompts_generate_as_their_rows_alone, 0),
         at(rows.rows_end_when_they_end, 0),
         at(rows.samples_are_those_of_each_ranks_generator, 1),
-        at(rows.other_loops_run_over_joint_forwards, 0),
-        at(rows.results_have_the_shape_that_transformers_gives, 2),
-        at(rows.what_ranks_cannot_share_runs_the_module, 0),
         at(errors.other_options_in_a_team_are_refused_by_name, 0),
         at(errors.an_error_on_one_rank_is_one_of_its_team, 0),
         at(rows.ways_may_differ, 0),
         at(shares.a_rank_keeps_its_share_alone, 0),
-        at(shares.heads_that_the_ranks_cannot_share_stay_whole, 0),
-        at(errors.different_models_are_refused, 0),
         at(shares.a_units_groups_are_used_as_given, 0),
     )
 
@@ -62,8 +57,13 @@ def test_sharded_weights_are_generated_from_together() -> None:
 
 
 @pytest.mark.deep
-def test_sharded_weights_do_in_teams_what_whole_ones_do() -> None:
+def test_the_rest_holds_in_teams_too() -> None:
     run(
+        at(rows.other_loops_run_over_joint_forwards, 0),
+        at(rows.results_have_the_shape_that_transformers_gives, 2),
+        at(rows.what_ranks_cannot_share_runs_the_module, 0),
+        at(shares.heads_that_the_ranks_cannot_share_stay_whole, 0),
+        at(errors.different_models_are_refused, 0),
         at(rows.any_prompts_generate_as_their_rows_alone, 3),
         at(rows.samples_are_those_of_each_ranks_generator, 3),
         at(errors.other_options_in_a_team_are_refused_by_name, 3),

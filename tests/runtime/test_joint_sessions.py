@@ -160,7 +160,7 @@ CASES: dict[str, list[list[tuple[int, list[Step]]]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("model", ["llama", "mistral"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("mistral", marks=pytest.mark.deep)])
 def test_the_logits_of_each_rank_are_those_of_its_rows_alone(model: str, name: str) -> None:
     check(kind(model), CASES[name])
 
