@@ -30,10 +30,7 @@ class Weight:
     dtype: str
 
     def __post_init__(self) -> None:
-        need_text(self, "name", "dtype")
-        set_shape(self)
-        if self.dtype not in _DTYPES:
-            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+        _need_tensor(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +51,8 @@ class Prepared:
     owns_memory: bool
 
     def __post_init__(self) -> None:
-        need_text(self, "name", "recipe", "dtype")
-        set_shape(self)
-        if self.dtype not in _DTYPES:
-            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+        need_text(self, "recipe")
+        _need_tensor(self)
         need_bool(self, "owns_memory")
 
 
@@ -82,9 +77,8 @@ class KVLayer:
     dtype: str
 
     def __post_init__(self) -> None:
-        need_text(self, "path", "dtype")
-        if self.dtype not in _DTYPES:
-            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+        need_text(self, "path")
+        _need_dtype(self)
         need_positive(self, "kv_heads", "head_size", "value_head_size")
         if self.window is not None:
             need_positive(self, "window")
@@ -105,9 +99,19 @@ class Streamed:
     dtype: str
 
     def __post_init__(self) -> None:
-        need_text(self, "name", "dtype")
-        set_shape(self)
-        if self.dtype not in _DTYPES:
-            odd(self, "dtype", "the name of a torch dtype such as 'float32'")
+        _need_tensor(self)
         if type(self.layer) is not int or self.layer < 0:
             odd(self, "layer", "an int, not negative")
+
+
+def _need_tensor(record: Weight | Prepared | Streamed) -> None:
+    """Refuse a record whose ``name``, ``shape`` and ``dtype`` are not those of a tensor."""
+    need_text(record, "name")
+    set_shape(record)
+    _need_dtype(record)
+
+
+def _need_dtype(record: Weight | Prepared | Streamed | KVLayer) -> None:
+    need_text(record, "dtype")
+    if record.dtype not in _DTYPES:
+        odd(record, "dtype", "the name of a torch dtype such as 'float32'")

@@ -9,8 +9,7 @@ with its next forward. A rank that has finished answers the rounds of the others
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from ..errors import EngineClosedError, InputError
 from .joint_rows import JointRows
 from .runner import PlanRunner
-from .session import Timer
+from .session import Spans, Timer
 from .turn import Turn, count_of
 from .workspace import KeyValue
 
@@ -114,12 +113,10 @@ class JointSession:
     ) -> None:
         self.batch, self.length = batch, 0
         self._take, self._on_close = take, on_close
-        self._timer = timer
+        self._spans = Spans(timer)
         self._capacity = capacity
         self._opens = True
         self._rows: Tensor | None = None  # since the last forward
-        self._decoding: AbstractContextManager[Any] | None = None
-        self._span: Any = None
 
     def forward(
         self,
@@ -155,23 +152,14 @@ class JointSession:
             opens=self._opens,
         )
         if input_ids.shape[1] == 1 and self.length:
-            logits = self._decode(turn)
+            self._spans.decode(self.batch)
+            logits = self._take(turn)
         else:
-            with self._timer("prefill") as span:
+            with self._spans.prefill(input_ids, key_valid):
                 logits = self._take(turn)
-                padding = 0 if key_valid is None else int((~key_valid).sum())
-                span.tokens += input_ids.numel() - padding
         self._opens, self._rows = False, None
         self.length += input_ids.shape[1]
         return logits
-
-    def _decode(self, turn: Turn) -> Tensor:
-        """One decode step; the time of all of them is one span, from the first to the close."""
-        if self._decoding is None:
-            self._decoding = self._timer("decode")
-            self._span = self._decoding.__enter__()
-        self._span.tokens += self.batch
-        return self._take(turn)
 
     def load(self, prefix: Sequence[KeyValue], key_valid: Tensor) -> None:
         """Not served.
@@ -200,7 +188,5 @@ class JointSession:
 
     def close(self) -> None:
         """Hand the rows back; the others hear of it in the next round."""
-        if self._decoding is not None:
-            self._decoding.__exit__(None, None, None)
-            self._decoding = None
+        self._spans.close()
         self._on_close()

@@ -5,8 +5,8 @@ Legend: B batch, T tokens in this call, S positions in use, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,35 @@ from .workspace import KeyValue, Workspace
 Graph = Callable[..., Tensor]
 #: Opens a span of time by name, ``prefill`` or ``decode``; its object counts ``tokens``.
 Timer = Callable[[str], AbstractContextManager[Any]]
+
+
+class Spans:
+    """The time and the tokens of one session: a span a prefill, one for all decode steps."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+        self._decoding: AbstractContextManager[Any] | None = None
+        self._span: Any = None
+
+    @contextmanager
+    def prefill(self, ids: Tensor, valid: Tensor | None) -> Iterator[None]:
+        """One prefill of ids [B, T] runs; those where ``valid`` [B, T] is False do not count."""
+        with self._timer("prefill") as span:
+            yield
+            span.tokens += ids.numel() - (0 if valid is None else int((~valid).sum()))
+
+    def decode(self, rows: int) -> None:
+        """A decode step of so many rows begins; the span lasts from the first to :meth:`close`."""
+        if self._decoding is None:
+            self._decoding = self._timer("decode")
+            self._span = self._decoding.__enter__()
+        self._span.tokens += rows
+
+    def close(self) -> None:
+        """The session ends."""
+        if self._decoding is not None:
+            self._decoding.__exit__(None, None, None)
+            self._decoding = None
 
 
 class PlanSession:
@@ -53,9 +82,7 @@ class PlanSession:
         self._group = group
         self._valid: Tensor | None = None
         self._on_close = on_close
-        self._timer = timer
-        self._decoding: AbstractContextManager[Any] | None = None
-        self._span: Any = None
+        self._spans = Spans(timer)
         workspace.reserve(batch, max(1, capacity))
         self._lay_out()
 
@@ -112,12 +139,11 @@ class PlanSession:
         )
         prefill, decode = self._graphs
         if tokens == 1 and self.length > 0 and embeds is None:
-            logits = self._decode(decode, inputs)
+            self._spans.decode(self.batch)
+            logits = decode(*inputs, *self._group)
         else:
-            with self._timer("prefill") as span:
+            with self._spans.prefill(input_ids, key_valid):
                 logits = prefill(*inputs, embeds, *self._group)
-                padding = 0 if key_valid is None else int((~key_valid).sum())
-                span.tokens += input_ids.numel() - padding
         self.length = length
         return logits
 
@@ -154,14 +180,6 @@ class PlanSession:
         """Keys and values [B, K, S - start, D] of the columns from ``start`` on, copies."""
         return self._workspace.read(self.batch, start, self.length)
 
-    def _decode(self, decode: Graph, inputs: tuple[Any, ...]) -> Tensor:
-        """One decode step; the time of all of them is one span, from the first to the close."""
-        if self._decoding is None:
-            self._decoding = self._timer("decode")
-            self._span = self._decoding.__enter__()
-        self._span.tokens += self.batch
-        return decode(*inputs, *self._group)
-
     def reorder(self, rows: Tensor) -> None:
         """Row i of the new batch continues old row ``rows[i]`` (rows [B'] int64)."""
         if self._valid is not None:
@@ -176,7 +194,5 @@ class PlanSession:
 
     def close(self) -> None:
         """Hand the rows back; the workspace may be reused or released."""
-        if self._decoding is not None:
-            self._decoding.__exit__(None, None, None)
-            self._decoding = None
+        self._spans.close()
         self._on_close()

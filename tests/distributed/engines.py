@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,3 +91,21 @@ def hf_tokens(held: Mapping[str, Tensor], lora: bool | str, given: Mapping[str, 
     with plain_linear():
         found: Tensor = plain(held, lora).generate(**given)
     return found
+
+
+@contextmanager
+def no_room(engine: Any) -> Iterator[None]:
+    """Memory runs out in the middle of a prepare."""
+    prepared = engine._graphs.runner.prepared
+    store = prepared.store
+
+    def full(index: int, value: Tensor) -> None:
+        if index == 7:
+            raise MemoryError("no room")
+        store(index, value)
+
+    prepared.store = full
+    try:
+        yield
+    finally:
+        del prepared.store

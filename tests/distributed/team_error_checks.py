@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from engines import call, make, plain, train, weights
+from engines import call, make, no_room, plain, train, weights
 from teams import same, started
 from torch import Tensor
 
@@ -65,20 +66,9 @@ def an_error_on_one_rank_is_one_of_its_team(rank: int, stage: int) -> None:
             engine.generate(**given)
         same(engine, call(rank))
     train(engine, rank)
-    prepared = engine._graphs.runner.prepared
-    store = prepared.store
-
-    def full(index: int, value: Tensor) -> None:
-        if index == 7:
-            raise MemoryError("no room")
-        store(index, value)
-
-    if rank:
-        prepared.store = full
-    with pytest.raises(MemoryError if rank else RankError, match="room" if rank else "rank 1"):
+    told = pytest.raises(MemoryError if rank else RankError, match="room" if rank else "rank 1")
+    with no_room(engine) if rank else nullcontext(), told:
         engine.generate(**call(rank))
-    if rank:
-        del prepared.store
     same(engine, call(rank))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from engines import call, ds_config, hf_tokens, make, plain, start, train, weights
+from engines import call, ds_config, hf_tokens, make, no_room, plain, start, train, weights
 from tiny_models import prompt
 
 from hybrid_fx.capture import plain_linear
@@ -129,24 +130,14 @@ def an_error_on_one_rank_stops_all(rank: int) -> None:
     engine = start(ds_config(3), make(False))
     engine.generate(**call(rank))
     engine._source.gather._limit = 1 << 12
-    prepared = engine._graphs.runner.prepared
-    store = prepared.store
-
-    def full(index: int, value: Any) -> None:
-        if index == 7:
-            raise MemoryError("no room")
-        store(index, value)
 
     def odd(ids: Any, scores: Any) -> Any:
         raise LookupError("a processor fails")
 
     train(engine, rank)
-    if rank:
-        prepared.store = full
-    with pytest.raises(MemoryError if rank else RankError, match="room" if rank else "rank 1"):
+    told = pytest.raises(MemoryError if rank else RankError, match="room" if rank else "rank 1")
+    with no_room(engine) if rank else nullcontext(), told:
         engine.generate(**call(rank))
-    if rank:
-        del prepared.store
     expected = hf_tokens(weights(engine), False, call(rank))
     assert torch.equal(engine.generate(**call(rank)), expected)
     given = call(rank, **({"logits_processor": [odd]} if rank else {}))
