@@ -14,12 +14,14 @@ import streamed_checks as streamed
 import zero3_checks as sharded
 import zero_checks as any_stage
 from streamed_checks import UNPINNED
-from two_ranks import run
+from two_ranks import Ranks
 from zero_checks import cell
 
 
-def test_whole_weights_generate_as_transformers_and_train_as_deepspeed(tmp_path: Path) -> None:
-    run(
+def test_whole_weights_generate_as_transformers_and_train_as_deepspeed(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    ranks.run(
         functools.partial(any_stage.it_is_an_engine_of_both_kinds, stage=1),
         functools.partial(any_stage.an_engine_is_taken_over_and_given_back, stage=2),
         any_stage.without_the_block_it_is_deepspeed,
@@ -32,8 +34,10 @@ def test_whole_weights_generate_as_transformers_and_train_as_deepspeed(tmp_path:
     )
 
 
-def test_sharded_weights_generate_as_transformers_and_train_as_deepspeed(tmp_path: Path) -> None:
-    run(
+def test_sharded_weights_generate_as_transformers_and_train_as_deepspeed(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    ranks.run(
         cell(3),
         cell(3, lora=True, bf16=True),
         functools.partial(any_stage.it_is_an_engine_of_both_kinds, stage=3),
@@ -47,8 +51,8 @@ def test_sharded_weights_generate_as_transformers_and_train_as_deepspeed(tmp_pat
     )
 
 
-def test_sharded_weights_are_gathered_beside_deepspeed() -> None:
-    run(
+def test_sharded_weights_are_gathered_beside_deepspeed(ranks: Ranks) -> None:
+    ranks.run(
         sharded.it_really_shards_and_gathers_in_few_collectives,
         sharded.a_generate_leaves_deepspeed_as_it_was,
         sharded.eval_frees_what_stays_gathered,
@@ -67,8 +71,8 @@ def test_sharded_weights_are_gathered_beside_deepspeed() -> None:
     )
 
 
-def test_layers_gather_their_own_weights() -> None:
-    run(
+def test_layers_gather_their_own_weights(ranks: Ranks) -> None:
+    ranks.run(
         cell(3, lora=True, **UNPINNED),
         streamed.gathers_are_under_way_while_layers_compute,
         streamed.ranks_may_do_different_amounts,
@@ -79,7 +83,7 @@ def test_layers_gather_their_own_weights() -> None:
 
 
 @pytest.mark.deep
-def test_layers_that_gather_do_what_pinned_ones_do(tmp_path: Path) -> None:
+def test_layers_that_gather_do_what_pinned_ones_do(ranks: Ranks, tmp_path: Path) -> None:
     checks = (
         sharded.a_generate_leaves_deepspeed_as_it_was,
         sharded.ranks_may_take_different_ways,
@@ -91,7 +95,7 @@ def test_layers_that_gather_do_what_pinned_ones_do(tmp_path: Path) -> None:
         sharded.a_model_built_in_shards_generates,
         sharded.lengths_may_differ,
     )
-    run(
+    ranks.run(
         functools.partial(
             streamed.other_families_generate_as_transformers, kinds=("qwen2", "gpt2", "opt")
         ),
@@ -105,14 +109,15 @@ def test_layers_that_gather_do_what_pinned_ones_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-def test_resident_memory_grows_by_two_layers() -> None:
-    run(streamed.resident_memory_grows_by_two_layers)
+def test_resident_memory_grows_by_two_layers(ranks: Ranks) -> None:
+    ranks.stop()  # memory that other tests left free would hide what is taken
+    ranks.run(streamed.resident_memory_grows_by_two_layers)
 
 
 @pytest.mark.deep
-def test_offloading_defaults_and_accumulation() -> None:
+def test_offloading_defaults_and_accumulation(ranks: Ranks) -> None:
     cpu = {"device": "cpu"}
-    run(
+    ranks.run(
         cell(3, zero={}),
         cell(3, lora=True, zero={}),
         cell(3, zero_force_ds_cpu_optimizer=False, zero={"offload_optimizer": cpu}),

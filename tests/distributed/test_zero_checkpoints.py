@@ -11,7 +11,7 @@ pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'hybrid_fx
 pytest.importorskip("peft", reason="needs peft: pip install 'hybrid_fx[peft]'")
 
 import checkpoint_checks as checks
-from two_ranks import run
+from two_ranks import Ranks
 
 #: From stage, to stage, whether the module's weights alone: what DeepSpeed 0.19 loads.
 LOADED = (
@@ -27,8 +27,8 @@ LOADED = (
 REFUSED = ((0, 1, False), (1, 0, False), (2, 3, True), (3, 2, True))
 
 
-def test_nothing_of_inference_is_saved_and_a_load_is_followed(tmp_path: Path) -> None:
-    run(
+def test_nothing_of_inference_is_saved_and_a_load_is_followed(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(
         partial(
             checks.nothing_of_inference_is_saved, stage=2, lora="chat", folder=tmp_path / "saved2"
         ),
@@ -40,14 +40,14 @@ def test_nothing_of_inference_is_saved_and_a_load_is_followed(tmp_path: Path) ->
 
 
 @pytest.mark.deep
-def test_checkpoints_go_to_other_stages_and_to_one_rank(tmp_path: Path) -> None:
+def test_checkpoints_go_to_other_stages_and_to_one_rank(ranks: Ranks, tmp_path: Path) -> None:
     written = [partial(checks.write, stage=stage, folder=tmp_path) for stage in (1, 2, 3)]
     loaded = partial(checks.it_is_loaded_elsewhere, folder=tmp_path)
     refused = partial(
         checks.a_load_that_deepspeed_refuses_leaves_an_engine_that_generates, folder=tmp_path
     )
     together = partial(checks.weights_put_together_from_shards_are_generated_from, folder=tmp_path)
-    run(
+    ranks.run(
         *written,
         partial(loaded, source=1, target=2),
         partial(loaded, source=2, target=1),
@@ -58,7 +58,7 @@ def test_checkpoints_go_to_other_stages_and_to_one_rank(tmp_path: Path) -> None:
         partial(together, source=2, target=3),
         partial(together, source=3, target=2),
     )
-    run(
+    ranks.run(
         partial(loaded, source=2, target=2, load_module_only=True),
         partial(refused, source=2, target=2),
         partial(refused, source=3, target=3),
@@ -68,10 +68,10 @@ def test_checkpoints_go_to_other_stages_and_to_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-def test_every_mode_of_every_stage(tmp_path: Path) -> None:
+def test_every_mode_of_every_stage(ranks: Ranks, tmp_path: Path) -> None:
     saved = checks.nothing_of_inference_is_saved
     loaded = checks.a_checkpoint_is_loaded_in_any_mode
-    run(
+    ranks.run(
         *(
             partial(saved, stage=stage, lora=lora, folder=tmp_path / f"{stage}{lora}")
             for stage in range(4)
@@ -87,13 +87,13 @@ def test_every_mode_of_every_stage(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
-def test_every_pair_of_stages(tmp_path: Path, before: int, after: int) -> None:
-    run(*(partial(checks.write, stage=s, folder=tmp_path) for s in range(4)), world=before)
+def test_every_pair_of_stages(ranks: Ranks, tmp_path: Path, before: int, after: int) -> None:
+    ranks.run(*(partial(checks.write, stage=s, folder=tmp_path) for s in range(4)), world=before)
     loaded = partial(checks.it_is_loaded_elsewhere, folder=tmp_path)
     refused = partial(
         checks.a_load_that_deepspeed_refuses_leaves_an_engine_that_generates, folder=tmp_path
     )
-    run(
+    ranks.run(
         *(
             partial(
                 loaded if alone or before == after else refused,

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'hybrid_fx[deepspeed]'")
 pytest.importorskip("peft", reason="needs peft: pip install 'hybrid_fx[peft]'")
 
-from two_ranks import run
+from two_ranks import Ranks
 from zero_checks import cell
 
 
@@ -56,7 +56,7 @@ def pairwise(cells: Sequence[Cell]) -> Iterator[Cell]:
         yield best
 
 
-def run_all(cells: Sequence[Cell], world: int) -> None:
+def run_all(ranks: Ranks, cells: Sequence[Cell], world: int) -> None:
     """Run the cells of this many ranks in one process group."""
     checks = []
     for found in cells:
@@ -68,7 +68,7 @@ def run_all(cells: Sequence[Cell], world: int) -> None:
                 "inference_tp_size": found.team,
             }
             checks.append(cell(found.stage, lora=found.lora, bf16=found.bf16, hybrid_engine=block))
-    run(*checks, world=world)
+    ranks.run(*checks, world=world)
 
 
 def test_every_pair_of_values_is_in_a_cell() -> None:
@@ -78,11 +78,11 @@ def test_every_pair_of_values_is_in_a_cell() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_tokens_are_transformers_and_training_is_deepspeeds(world: int) -> None:
-    run_all([*pairwise(CELLS)], world)
+def test_tokens_are_transformers_and_training_is_deepspeeds(ranks: Ranks, world: int) -> None:
+    run_all(ranks, [*pairwise(CELLS)], world)
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("world", [1, 2])
-def test_they_are_in_every_cell(world: int) -> None:
-    run_all(CELLS, world)
+def test_they_are_in_every_cell(ranks: Ranks, world: int) -> None:
+    run_all(ranks, CELLS, world)

@@ -11,13 +11,13 @@ pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'hybrid_fx
 pytest.importorskip("peft", reason="needs peft: pip install 'hybrid_fx[peft]'")
 
 import memory_checks as memory
-from two_ranks import run
+from two_ranks import Ranks
 
 
 @pytest.mark.deep
-def test_nothing_of_inference_remains_under_any_stage() -> None:
+def test_nothing_of_inference_remains_under_any_stage(ranks: Ranks) -> None:
     cells = itertools.product((0, 1, 2, 3), (False, True, "chat"))
-    run(
+    ranks.run(
         *(partial(memory.nothing_of_inference_remains, stage=s, lora=lora) for s, lora in cells),
         partial(memory.kept_memory_is_seen, stage=0),
         partial(memory.kept_memory_is_seen, stage=3),

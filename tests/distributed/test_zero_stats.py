@@ -10,11 +10,11 @@ pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'hybrid_fx
 pytest.importorskip("peft", reason="needs peft: pip install 'hybrid_fx[peft]'")
 
 import stats_checks as stats
-from two_ranks import run
+from two_ranks import Ranks
 
 
-def test_rank_0_logs_one_line_with_the_figures_of_all_ranks() -> None:
-    run(
+def test_rank_0_logs_one_line_with_the_figures_of_all_ranks(ranks: Ranks) -> None:
+    ranks.run(
         partial(stats.one_line_tells_of_all_ranks, stage=2),
         partial(stats.one_line_tells_of_all_ranks, stage=3),
         stats.a_rank_that_evaluates_alone_waits_for_none,

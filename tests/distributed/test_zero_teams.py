@@ -14,7 +14,7 @@ import team_error_checks as errors
 import team_row_checks as rows
 import team_share_checks as shares
 from teams import under
-from two_ranks import Check, run
+from two_ranks import Check, Ranks
 from zero_checks import cell
 
 #: Of two ranks that generate together.
@@ -31,8 +31,8 @@ def streamed(check: Check) -> Check:
     return functools.partial(under, check=at(check, 3), pin_parameters=False)
 
 
-def test_whole_weights_are_generated_from_together() -> None:
-    run(
+def test_whole_weights_are_generated_from_together(ranks: Ranks) -> None:
+    ranks.run(
         at(rows.any_prompts_generate_as_their_rows_alone, 0),
         at(rows.rows_end_when_they_end, 0),
         at(rows.samples_are_those_of_each_ranks_generator, 1),
@@ -44,8 +44,8 @@ def test_whole_weights_are_generated_from_together() -> None:
     )
 
 
-def test_sharded_weights_are_generated_from_together() -> None:
-    run(
+def test_sharded_weights_are_generated_from_together(ranks: Ranks) -> None:
+    ranks.run(
         cell(3, hybrid_engine=TWO),
         at(shares.adapters_run_on_every_side, 3),
         at(rows.a_rank_without_rows_takes_part, 3),
@@ -57,8 +57,8 @@ def test_sharded_weights_are_generated_from_together() -> None:
 
 
 @pytest.mark.deep
-def test_the_rest_holds_in_teams_too() -> None:
-    run(
+def test_the_rest_holds_in_teams_too(ranks: Ranks) -> None:
+    ranks.run(
         at(rows.other_loops_run_over_joint_forwards, 0),
         at(rows.results_have_the_shape_that_transformers_gives, 2),
         at(rows.what_ranks_cannot_share_runs_the_module, 0),
@@ -76,8 +76,8 @@ def test_the_rest_holds_in_teams_too() -> None:
 
 
 @pytest.mark.deep
-def test_every_kind_of_model_is_generated_from_together() -> None:
-    run(
+def test_every_kind_of_model_is_generated_from_together(ranks: Ranks) -> None:
+    ranks.run(
         at(rows.kinds_of_models_generate_together, 0),
         at(rows.kinds_of_models_generate_together, 3),
         *(
@@ -89,7 +89,7 @@ def test_every_kind_of_model_is_generated_from_together() -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize("size", [2, 4])
-def test_four_ranks_in_one_team_or_two(size: int) -> None:
+def test_four_ranks_in_one_team_or_two(ranks: Ranks, size: int) -> None:
     block = {**TWO, "inference_tp_size": size}
     checks = [
         at(rows.any_prompts_generate_as_their_rows_alone, 0),
@@ -98,12 +98,12 @@ def test_four_ranks_in_one_team_or_two(size: int) -> None:
         at(rows.samples_are_those_of_each_ranks_generator, 2),
     ]
     sized = [functools.partial(under, check=c, inference_tp_size=size) for c in checks]
-    run(*(cell(s, hybrid_engine=block) for s in (1, 3)), *sized, world=4)
+    ranks.run(*(cell(s, hybrid_engine=block) for s in (1, 3)), *sized, world=4)
 
 
 @pytest.mark.deep
-def test_one_team_does_not_wait_for_the_other() -> None:
-    run(
+def test_one_team_does_not_wait_for_the_other(ranks: Ranks) -> None:
+    ranks.run(
         at(errors.an_error_in_one_team, 0),
         at(errors.an_error_in_one_team, 3),
         streamed(errors.an_error_in_one_team),
@@ -112,7 +112,7 @@ def test_one_team_does_not_wait_for_the_other() -> None:
 
 
 @pytest.mark.deep
-def test_teams_gather_layer_by_layer_for_one_another() -> None:
+def test_teams_gather_layer_by_layer_for_one_another(ranks: Ranks) -> None:
     checks = (
         rows.any_prompts_generate_as_their_rows_alone,
         rows.a_rank_without_rows_takes_part,
@@ -120,9 +120,9 @@ def test_teams_gather_layer_by_layer_for_one_another() -> None:
         rows.rows_end_when_they_end,
         rows.ways_may_differ,
     )
-    run(*map(streamed, checks), world=4)
+    ranks.run(*map(streamed, checks), world=4)
 
 
 @pytest.mark.deep
-def test_a_rank_that_fails_within_a_forward_is_noticed() -> None:
-    run(errors.a_rank_that_fails_within_a_forward_is_noticed)
+def test_a_rank_that_fails_within_a_forward_is_noticed(ranks: Ranks) -> None:
+    ranks.run(errors.a_rank_that_fails_within_a_forward_is_noticed)
