@@ -62,11 +62,16 @@ class Workspace:
     def relay(self, rows: Tensor, pitch: int, length: int) -> None:
         """Move contents: new row i takes the first ``length`` positions of old row ``rows[i]``.
 
+        At an unchanged pitch only rows that change their place are copied, layer by layer.
+
         Args:
             rows: [B'] int64, the old row of each new one; a row may be taken more than once.
             pitch: Positions a row has from now on.
             length: Positions to keep.
         """
+        if pitch == self.pitch and rows.shape[0] * pitch <= self._slots:
+            self._move(rows, length)
+            return
         kept = [
             (self._by_row(key)[rows, :length], self._by_row(value)[rows, :length])
             for key, value in zip(self.keys, self.values, strict=True)
@@ -75,6 +80,17 @@ class Workspace:
         for (key, value), new_key, new_value in zip(kept, self.keys, self.values, strict=True):
             self._by_row(new_key)[:, :length] = key
             self._by_row(new_value)[:, :length] = value
+
+    def _move(self, rows: Tensor, length: int) -> None:
+        """:meth:`relay` within the memory and at the pitch there is."""
+        count, pitch = rows.shape[0], self.pitch
+        moved = (rows != torch.arange(count, device=rows.device)).nonzero().squeeze(1)
+        sources = rows[moved]
+        self.reserve(max(count, self.rows), pitch)
+        for memory in (*self.keys, *self.values) if len(moved) else ():
+            by_row = self._by_row(memory)
+            by_row[moved, :length] = by_row[sources, :length]
+        self.reserve(count, pitch)
 
     def clear(self, rows: slice, end: int) -> None:
         """Zero the first ``end`` positions of some rows: what is masked still enters products."""

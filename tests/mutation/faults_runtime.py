@@ -61,6 +61,16 @@ GROUPS = (
                 "self._by_row(new_key)[:, : length - 1] = key[:, : length - 1]",
             ),
             Fault(
+                "rows that move within the memory stay where they were",
+                "sources = rows[moved]",
+                "sources = moved",
+            ),
+            Fault(
+                "rows that keep their place are copied",
+                "moved = (rows != torch.arange(count, device=rows.device))",
+                "moved = (rows >= 0)",
+            ),
+            Fault(
                 "memory that does not suffice is kept",
                 "if rows * pitch > self._slots:",
                 "if rows > self._slots:",

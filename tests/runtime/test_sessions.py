@@ -124,6 +124,7 @@ def test_growth_stops_at_the_models_positions_and_goes_on_where_it_must(runner):
 @pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1, 1], [1], [1, 1], [0, 1, 0]])
 def test_rows_are_reordered_repeated_added_and_dropped(runner, rows):
     ids, more = random_ids(2, 6), random_ids(len(rows), 3, seed=1)
+    runner.workspace.release()  # so that more rows need more memory
     session = runner.session(batch=2, capacity=6)
     feed(session, ids, [6])
     session.reorder(torch.tensor(rows))
@@ -132,6 +133,34 @@ def test_rows_are_reordered_repeated_added_and_dropped(runner, rows):
     session.close()
     whole = once(runner, torch.cat((ids[rows], more), 1))
     torch.testing.assert_close(logits, whole[:, 6:], **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [[0, 3, 2], [0, 1], [3, 2, 1, 0], [3, 0, 0, 1, 3]])
+def test_rows_move_within_the_memory_there_is(runner, rows):
+    ids, more = random_ids(4, 6), random_ids(len(rows), 3, seed=1)
+    session = runner.session(batch=5, capacity=12)
+    held = [t.data_ptr() for t in runner.workspace.keys]
+    session.reorder(torch.arange(4))
+    feed(session, ids, [6])
+    session.reorder(torch.tensor(rows))
+    assert [t.data_ptr() for t in runner.workspace.keys] == held
+    assert runner.workspace.rows == len(rows)
+    logits = feed(session, more, [1, 1, 1])
+    session.close()
+    whole = once(runner, torch.cat((ids[rows], more), 1))
+    torch.testing.assert_close(logits, whole[:, 6:], **CLOSE)
+
+
+def test_where_no_row_changes_its_place_nothing_is_copied(runner):
+    session = runner.session(batch=3, capacity=12)
+    feed(session, random_ids(3, 6), [6])
+    memory = (*runner.workspace.keys, *runner.workspace.values)
+    before = [t._version for t in memory]
+    session.reorder(torch.tensor([0, 1]))
+    assert [t._version for t in memory] == before
+    session.reorder(torch.tensor([1]))
+    session.close()
+    assert all(t._version > old for t, old in zip(memory, before, strict=True))
 
 
 def test_columns_are_cropped_and_others_follow(runner):
