@@ -6,7 +6,7 @@ keys and values into the workspace and read the S positions in use. ``attend_as_
 what stands there in a training graph.
 
 Shapes: B batch, T tokens in this call, S positions in use, H query heads, K key-value heads,
-D head size, N slots of the workspace.
+D head size, R rows and P positions a row of the workspace.
 """
 
 from __future__ import annotations
@@ -91,24 +91,22 @@ def _eager(
 
 
 def _rows(memory: Tensor, slots: Tensor, pitch: int) -> Tensor:
-    """The positions in use as [B, K, S, D]: a view where rows lie ``pitch`` slots apart."""
+    """The positions in use as [B, K, S, D]: a view where row b of the batch is row b of memory."""
     batch, length = slots.shape
     if pitch:
-        rows = memory.view(-1, pitch, *memory.shape[1:])[:batch, :length]
-    else:
-        rows = memory[slots]
-    return rows.transpose(1, 2)
+        return memory[:batch, :, :length]
+    return memory[slots // memory.shape[2], :, slots % memory.shape[2]].transpose(1, 2)
 
 
 def _write(memory: Tensor, new: Tensor, slots: Tensor, pitch: int) -> None:
     """Store ``new`` [B,K,T,D] in the last T columns of ``slots`` [B,S]."""
     batch, length = slots.shape
-    tokens = new.shape[2]
-    new = new.transpose(1, 2)
+    start = length - new.shape[2]
     if pitch:
-        memory.view(-1, pitch, *memory.shape[1:])[:batch, length - tokens : length] = new
+        memory[:batch, :, start:length] = new
     else:
-        memory[slots[:, length - tokens :]] = new
+        last = slots[:, start:]
+        memory[last // memory.shape[2], :, last % memory.shape[2]] = new.transpose(1, 2)
 
 
 def attend(
@@ -129,11 +127,12 @@ def attend(
 
     Args:
         query: [B, H, T, D]; key, value: [B, K, T, D], the new tokens.
-        key_memory, value_memory: [N, K, D], one layer's workspace, written in place.
-        slots: [B, S] int64: the slot of each column of each row; the last T are written.
+        key_memory, value_memory: [R, K, P, D], one layer's workspace, written in place.
+        slots: [B, S] int64: where each column of each row stands, position p of row r of the
+            memory being ``r * P + p``; the last T are written.
         key_valid: [B, S] bool: False for padding. ``None``: all columns are valid.
-        pitch: Slots from one row to the next where row b stands at ``b * pitch``; 0 where the
-            table must be looked up.
+        pitch: P where column s of row b stands at ``b * P + s``; 0 where the table must be
+            looked up.
 
     Returns:
         [B, T, H, D]. A padding query sees itself only, so that its values stay finite.
@@ -181,8 +180,8 @@ def attend_one(
 ) -> Tensor:
     """:func:`attend` for one new token a row (T = 1): no causal mask, only the window is read.
 
-    Heads of one key-value group are stacked as rows of one product, so that keys and values are
-    read once: SDPA is several times slower for a single query on a CPU.
+    Heads of one key-value group stand as queries of one head, so that keys and values are read
+    once, where they lie: for a single query, SDPA is several times slower on a CPU.
     """
     _write(key_memory, key, slots, pitch)
     _write(value_memory, value, slots, pitch)
@@ -193,7 +192,25 @@ def attend_one(
     batch, heads, _, size = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, size)
-    scores = torch.matmul(grouped, keys.transpose(2, 3))
+    if key_valid is None and not softcap and sinks is None and heads > kv_heads:
+        out = F.scaled_dot_product_attention(grouped, keys, values, scale=scale)
+    else:
+        out = _few(grouped, keys, values, key_valid, scale, softcap, sinks)
+    return out.reshape(batch, 1, heads, values.shape[3])
+
+
+def _few(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_valid: Tensor | None,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention [B, K, G, D] of G queries a key-value head that see all columns, written out."""
+    batch, kv_heads, count, _ = query.shape
+    scores = torch.matmul(query, keys.transpose(2, 3))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
@@ -201,12 +218,11 @@ def attend_one(
         # Not -inf: a padding query with padding alone before it would be NaN, and stay in memory.
         scores = scores.masked_fill(~key_valid[:, None, None, :], torch.finfo(scores.dtype).min)
     if sinks is not None:
-        extra = sinks.to(scores.dtype).reshape(1, kv_heads, -1, 1).expand(batch, -1, -1, 1)
+        extra = sinks.to(scores.dtype).reshape(1, kv_heads, count, 1).expand(batch, -1, -1, 1)
         weights = torch.softmax(torch.cat((scores, extra), -1), -1)[..., :-1]
     else:
         weights = torch.softmax(scores, -1)
-    out = torch.matmul(weights.to(values.dtype), values)
-    return out.reshape(batch, 1, heads, values.shape[3])
+    return torch.matmul(weights.to(values.dtype), values)
 
 
 def attend_as_configured(

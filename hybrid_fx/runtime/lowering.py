@@ -18,23 +18,27 @@ Lowering = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _MEMORY = ("key_memory", "value_memory")
 
+#: Which dimensions are symbolic.
+_OF_MEMORY, _OF_TOKENS = (0, 2), (0, 1)
+
 
 def by_inductor(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled at its first call; numbers among its arguments are symbolic.
 
-    Its tensors are prepared ones (see :func:`is_weight`), memory [N, ...], of symbolic N, or hold
-    tokens, [B, T, ...] or [B, S].
+    Its tensors are prepared ones (see :func:`is_weight`), memory [R, K, P, D], of symbolic R and
+    P, or hold tokens, [B, T, ...] or [B, S].
     """
     compiled = torch.compile(function, dynamic=True)
     code = function.__code__
-    symbolic = [1 if n.startswith(_MEMORY) else 2 for n in code.co_varnames[: code.co_argcount]]
+    names = code.co_varnames[: code.co_argcount]
+    symbolic = [_OF_MEMORY if name.startswith(_MEMORY) else _OF_TOKENS for name in names]
 
     def lowered(*arguments: Any) -> Any:
-        for value, count in zip(arguments, symbolic, strict=True):
+        for value, dims in zip(arguments, symbolic, strict=True):
             if isinstance(value, Tensor) and not hasattr(value, "_dynamo_static_indices"):
-                _say_sizes(value, count)
+                _say_sizes(value, dims)
                 if value._base is not None:  # of a slice: Dynamo guards its sizes too
-                    _say_sizes(value._base, count)
+                    _say_sizes(value._base, dims)
         return compiled(*arguments)
 
     return lowered
@@ -42,13 +46,13 @@ def by_inductor(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_weight(tensor: Tensor) -> None:
     """Say that all sizes of ``tensor`` belong to the model."""
-    _say_sizes(tensor, 0)
+    _say_sizes(tensor, ())
 
 
-def _say_sizes(tensor: Tensor, symbolic: int) -> None:
+def _say_sizes(tensor: Tensor, symbolic: tuple[int, ...]) -> None:
     # Said of each dimension: left to themselves, dimensions that are equal by chance become one.
     for dim in range(tensor.dim()):
-        if dim < symbolic:
+        if dim in symbolic:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
         else:
             torch._dynamo.mark_static(tensor, dim)

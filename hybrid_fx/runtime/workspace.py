@@ -1,13 +1,15 @@
 """The KV workspace: memory for keys and values, reserved once and reused from call to call.
 
-Each attention layer has one key and one value memory of N slots, [N, K, D]. A row of a batch owns
-``pitch`` slots one after the other; the graphs find a position's slot in a table, so that rows can
-stand anywhere. Legend: B batch, S positions in use, K key-value heads, D head size, N slots.
+Each attention layer has one key and one value memory [R, K, P, D]: the heads of a row lie one
+after the other, so that products over rows and heads read it in place. A position is known by its
+slot, ``r * P + p``; the graphs find it in a table, so that rows can stand anywhere.
+Legend: B batch, S positions in use, K key-value heads, D head size, R rows, P positions a row.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,14 +50,17 @@ class Workspace:
             self._memory = [self._allocate(layer, rows * pitch) for layer in self._layers]
             self._slots = rows * pitch
         self.rows, self.pitch = rows, pitch
-        self.keys = [key[: rows * pitch] for key, _ in self._memory]
-        self.values = [value[: rows * pitch] for _, value in self._memory]
+        self.keys, self.values = [], []
+        for layer, (key, value) in zip(self._layers, self._memory, strict=True):
+            shape = (rows, layer.kv_heads, pitch)
+            self.keys.append(_laid_out(key, *shape, layer.head_size))
+            self.values.append(_laid_out(value, *shape, layer.value_head_size))
 
     def _allocate(self, layer: KVLayer, slots: int) -> tuple[Tensor, Tensor]:
         # Zeros: a slot that is masked out still enters products, and memory may hold NaN.
         dtype = getattr(torch, layer.dtype)
         return tuple(  # type: ignore[return-value]
-            torch.zeros(slots, layer.kv_heads, size, dtype=dtype, device=self._device)
+            torch.zeros(slots * layer.kv_heads * size, dtype=dtype, device=self._device)
             for size in (layer.head_size, layer.value_head_size)
         )
 
@@ -73,13 +78,13 @@ class Workspace:
             self._move(rows, length)
             return
         kept = [
-            (self._by_row(key)[rows, :length], self._by_row(value)[rows, :length])
+            (key[rows, :, :length], value[rows, :, :length])
             for key, value in zip(self.keys, self.values, strict=True)
         ]
         self.reserve(rows.shape[0], pitch)
         for (key, value), new_key, new_value in zip(kept, self.keys, self.values, strict=True):
-            self._by_row(new_key)[:, :length] = key
-            self._by_row(new_value)[:, :length] = value
+            new_key[:, :, :length] = key
+            new_value[:, :, :length] = value
 
     def _move(self, rows: Tensor, length: int) -> None:
         """:meth:`relay` within the memory and at the pitch there is."""
@@ -95,12 +100,12 @@ class Workspace:
     def clear(self, rows: slice, end: int) -> None:
         """Zero the first ``end`` positions of some rows: what is masked still enters products."""
         for memory in (*self.keys, *self.values):
-            self._by_row(memory)[rows, :end] = 0
+            memory[rows, :, :end] = 0
 
     def check(self, pairs: Sequence[KeyValue], batch: int) -> None:
         """Raise a ValueError where ``pairs`` are not keys and values of these layers."""
         wanted = [
-            (str(t.dtype), batch, t.shape[1], t.shape[2])
+            (str(t.dtype), batch, t.shape[1], t.shape[3])
             for t in itertools.chain(*zip(self.keys, self.values, strict=True))
         ]
         given = [(str(t.dtype), *t.shape[:2], t.shape[3]) for pair in pairs for t in pair]
@@ -113,23 +118,22 @@ class Workspace:
         """Put keys and values [B, K, T, D] into the columns that end before ``end``."""
         for memory, new in zip((self.keys[layer], self.values[layer]), pair, strict=True):
             batch, _, tokens, _ = new.shape
-            self._by_row(memory)[:batch, end - tokens : end] = new.transpose(1, 2)
+            memory[:batch, :, end - tokens : end] = new
 
     def read(self, batch: int, start: int, end: int) -> list[KeyValue]:
         """Copies of the columns ``start`` to ``end``, one pair [B, K, T, D] a layer."""
         return [
-            (
-                self._by_row(key)[:batch, start:end].transpose(1, 2).contiguous(),
-                self._by_row(value)[:batch, start:end].transpose(1, 2).contiguous(),
-            )
+            (key[:batch, :, start:end].clone(), value[:batch, :, start:end].clone())
             for key, value in zip(self.keys, self.values, strict=True)
         ]
-
-    def _by_row(self, memory: Tensor) -> Tensor:
-        return memory.view(self.rows, self.pitch, *memory.shape[1:])
 
     def release(self) -> None:
         """Give the memory back, also where the frames of a caught error still hold the lists."""
         for held in (self._memory, self.keys, self.values):
             held.clear()
         self._slots = self.rows = self.pitch = 0
+
+
+def _laid_out(memory: Tensor, *shape: int) -> Tensor:
+    """The beginning of a memory in a shape."""
+    return memory[: math.prod(shape)].view(shape)

@@ -58,7 +58,7 @@ def workspace(graph: fx.Graph, size: tuple[int, int], keep: int) -> dict[str, An
         for memory, new in zip(node.args[3:5], node.args[1:3], strict=True):
             shape, val = shape_of(new), new.meta["val"]  # type: ignore[union-attr]
             assert shape is not None
-            room = (batch * tokens, int(shape[1]), int(shape[3]))
+            room = (batch, int(shape[1]), tokens, int(shape[3]))
             dtype = val.dtype
             found[memory.meta["input"]] = torch.zeros(room, dtype=dtype)  # type: ignore[union-attr]
     return found

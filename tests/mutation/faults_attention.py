@@ -15,18 +15,18 @@ GROUPS = (
         (
             Fault(
                 "new keys stand one slot early",
-                "[:batch, length - tokens : length] = new",
-                "[:batch, length - tokens - 1 : length - 1] = new",
+                "memory[:batch, :, start:length] = new",
+                "memory[:batch, :, start - 1 : length - 1] = new",
             ),
             Fault(
                 "scattered rows write the first slots",
-                "memory[slots[:, length - tokens :]] = new",
-                "memory[slots[:, :tokens]] = new",
+                "last = slots[:, start:]",
+                "last = slots[:, : length - start]",
             ),
             Fault(
                 "rows in a line are read from the last",
-                "rows = memory.view(-1, pitch, *memory.shape[1:])[:batch, :length]",
-                "rows = memory.view(-1, pitch, *memory.shape[1:]).flip(0)[:batch, :length]",
+                "return memory[:batch, :, :length]",
+                "return memory.flip(0)[:batch, :, :length]",
             ),
             Fault(
                 "the window is one too wide",
@@ -42,6 +42,11 @@ GROUPS = (
                 "a query sees later tokens",
                 "allowed = keys[None, :] <= queries[:, None]",
                 "allowed = keys[None, :] <= queries[:, None] + 1",
+            ),
+            Fault(
+                "a single query is scaled twice",
+                "(grouped, keys, values, scale=scale)",
+                "(grouped * scale, keys, values, scale=scale)",
             ),
             Fault(
                 "padding is attended to",

@@ -52,13 +52,13 @@ GROUPS = (
             ),
             Fault(
                 "values stay where the old rows stood",
-                "(self._by_row(key)[rows, :length], self._by_row(value)[rows, :length])",
-                "(self._by_row(key)[rows, :length], self._by_row(value)[: len(rows), :length])",
+                "(key[rows, :, :length], value[rows, :, :length])",
+                "(key[rows, :, :length], value[: len(rows), :, :length])",
             ),
             Fault(
                 "moving rows loses the last position",
-                "self._by_row(new_key)[:, :length] = key",
-                "self._by_row(new_key)[:, : length - 1] = key[:, : length - 1]",
+                "new_key[:, :, :length] = key",
+                "new_key[:, :, : length - 1] = key[:, :, : length - 1]",
             ),
             Fault(
                 "rows that move within the memory stay where they were",

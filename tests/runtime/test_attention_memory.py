@@ -41,6 +41,11 @@ def written_out(query, keys, values, valid, scale, window, softcap, sinks):
     return out
 
 
+def at(slot, pitch):
+    """Where a slot stands in memory [R, K, P, D]."""
+    return int(slot) // pitch, slice(None), int(slot) % pitch
+
+
 class Case:
     """Random operands; the first S - T positions stand in memory already."""
 
@@ -61,19 +66,22 @@ class Case:
             self.valid = torch.arange(self.length) >= pads
         self.past, self.tokens, self.batch = past, tokens, batch
 
-    def memory(self, slots, spare):
+    def memory(self, slots, pitch, spare):
         """Key and value memory with the past at its slots; what no row owns is not a number."""
         pair = []
         for source in (self.keys, self.values):
-            size = int(slots.max()) + 1 + spare
-            memory = torch.full((size, *source.shape[1::2]), math.nan, dtype=torch.float64)
+            wide = pitch or 3
+            rows = (int(slots.max()) + spare) // wide + 1
+            shape = (rows, source.shape[1], wide, source.shape[3])
+            memory = torch.full(shape, math.nan, dtype=torch.float64)
             for b in range(self.batch):
-                memory[slots[b, : self.past]] = source[b, :, : self.past].transpose(0, 1)
+                for s in range(self.past):
+                    memory[at(slots[b, s], wide)] = source[b, :, s]
             pair.append(memory)
         return pair
 
     def run(self, operator, slots, pitch, spare=0, **options):
-        memory = self.memory(slots, spare)
+        memory = self.memory(slots, pitch, spare)
         new = slice(self.past, None)
         out = operator(
             self.query,
@@ -133,7 +141,8 @@ def check(case, operator, slots, pitch, options, spare=0):
     torch.testing.assert_close(out[here], wanted[here], rtol=1e-5, atol=1e-6)
     for held, source in zip(memory, (case.keys, case.values), strict=True):
         for b in range(case.batch):
-            assert torch.equal(held[slots[b]].transpose(0, 1), source[b])
+            for s in range(case.length):
+                assert torch.equal(held[at(slots[b, s], held.shape[2])], source[b, :, s])
 
 
 @given(cases, options, st.integers(0, 3))
