@@ -93,8 +93,7 @@ class Workspace:
         sources = rows[moved]
         self.reserve(max(count, self.rows), pitch)
         for memory in (*self.keys, *self.values) if len(moved) else ():
-            by_row = self._by_row(memory)
-            by_row[moved, :length] = by_row[sources, :length]
+            memory[moved, :, :length] = memory[sources, :, :length]
         self.reserve(count, pitch)
 
     def clear(self, rows: slice, end: int) -> None:
