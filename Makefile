@@ -2,6 +2,7 @@
 #
 #   make test ARGS="-k rotary -x"    options for pytest
 #   make demo ARGS="--lora"          options for the demonstration
+#   make bench ARGS="decode --shape small --batch 1 4"
 #   make test TORCH="torch==2.11.0"  another torch (a fresh .venv: run `make clean` first)
 #   make test JOBS=1                 one process
 
@@ -39,6 +40,8 @@ mutants: $(READY)
 demo: $(READY)
 	$(RUN) examples/grpo.py $(ARGS)
 
+# Speed, as ratios against transformers and against what the machine allows; all workloads on the
+# shape of Qwen2-0.5B unless ARGS names others.
 bench: $(READY)
 	$(RUN) benchmarks/run.py $(ARGS)
 

@@ -15,6 +15,25 @@ from transformers import (
 )
 
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    # For tests of the benchmarks, where nothing is timed, and for a quick look.
+    "tiny": lambda: Qwen2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "small": lambda: Qwen2Config(
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
     "llama-110m": lambda: LlamaConfig(
         vocab_size=32000,
         hidden_size=768,

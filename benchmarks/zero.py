@@ -22,14 +22,15 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from record import compared, save, show
-from run import Side, seconds_a_token
+from measure import Side, Timer, compared, in_turn, seconds_a_token
+from record import Result, save, show
 from shapes import SHAPES, build
 
 import hybrid_fx
@@ -85,21 +86,20 @@ def call(run: Callable[..., Any], args: argparse.Namespace, device: Any, vocab: 
     return generate
 
 
-def in_turn(a: Step, b: Step, repeat: int) -> list[tuple[float, float]]:
+def together(a: Step, b: Step, repeat: int) -> tuple[list[float], list[float]]:
     """Seconds of both, called in turn; every rank begins together and all have to end."""
+
+    def seconds(step: Step) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        dist.barrier()
+        return time.perf_counter() - start
+
     a()
     b()
-    pairs = []
-    for _ in range(repeat):
-        seconds = []
-        for step in (a, b):
-            dist.barrier()
-            start = time.perf_counter()
-            step()
-            dist.barrier()
-            seconds.append(time.perf_counter() - start)
-        pairs.append((seconds[0], seconds[1]))
-    return pairs
+    times = in_turn({"a": lambda: seconds(a), "b": lambda: seconds(b)}, repeat)
+    return times["a"], times["b"]
 
 
 def generating(engine: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -119,8 +119,9 @@ def generating(engine: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
         mine, theirs = (call(run, args, device, vocab) for run in (ours, peer))
         if args.dtype == "float32":
             assert torch.equal(mine(4), theirs(4)), "tokens differ"
-        pairs = in_turn(lambda m=mine: m(args.new), lambda t=theirs: t(args.new), args.repeat)
-        rows.append(compared(f"{name} / hybrid_fx", pairs, kind="generate"))
+        steps = (partial(side, args.new) for side in (mine, theirs))
+        times = together(*steps, args.repeat)
+        rows.append(compared(f"{name} / hybrid_fx", *times, kind="generate"))
     return rows
 
 
@@ -129,19 +130,18 @@ def decoding(engine: Any, args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype)
     whole = build(args.shape, dtype=dtype, device=engine.device, layers=args.layers)
     plain = hybrid_fx.hybridize(whole, disk_cache=False)
-    vocab, clock = whole.config.vocab_size, time.perf_counter
+    vocab, timer = whole.config.vocab_size, Timer(engine.device.type)
     a, b = (call(one.generate, args, engine.device, vocab) for one in (plain, engine))
+
+    def seconds(side: Side) -> float:
+        dist.barrier()
+        return seconds_a_token(side, args.new, timer)
+
     a(args.new)
     b(args.new)
-    pairs = []
-    for _ in range(args.repeat):
-        seconds = []
-        for side in (a, b):
-            dist.barrier()
-            seconds.append(seconds_a_token(side, args.new, clock))
-        pairs.append((seconds[0], seconds[1]))
+    times = in_turn({"a": lambda: seconds(a), "b": lambda: seconds(b)}, args.repeat)
     plain.close()
-    return compared("decode under ZeRO-3 / without ZeRO", pairs, kind="decode")
+    return compared("decode under ZeRO-3 / without ZeRO", times["a"], times["b"], kind="decode")
 
 
 def gathering(engine: Any) -> tuple[Step, Step, int]:
@@ -182,14 +182,15 @@ def work(rank: int, port: int, args: argparse.Namespace) -> None:
     rows.append(decoding(engine, args))
     if not args.stream:
         flat, prepare, nbytes = gathering(engine)
-        pairs = in_turn(prepare, flat, args.repeat)
-        rows.append(compared("one flat all_gather / gather", pairs, kind="gather", bytes=nbytes))
+        times = together(prepare, flat, args.repeat)
+        rows.append(compared("one flat all_gather / gather", *times, kind="gather", bytes=nbytes))
     if rank == 0:
         name = f"zero-{args.shape}-{args.dtype}-{engine.device.type}-{args.nproc}-ranks"
-        show(rows, name.replace("-", " "))
+        result = Result(rows=rows)
+        show(result, name.replace("-", " "))
         if args.save:
             args.device = engine.device.type
-            save(rows, args, name, deepspeed=deepspeed.__version__)
+            save(result, args, name, deepspeed=deepspeed.__version__)
     dist.barrier()
 
 
