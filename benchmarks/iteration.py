@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import forced
@@ -63,30 +65,27 @@ def objective(model: Any, out: Tensor, work: Work, rows: list[int], gains: Tenso
 
 
 class Loop:
-    """One side: a model, how it switches and generates, and its optimizer.
+    """One side: a model, how it generates, and its optimizer.
 
     Attributes:
         seconds: Part of :data:`PARTS` to its seconds, one for each step so far.
     """
 
     def __init__(
-        self, model: Any, generate: Callable[[], Tensor], work: Work, args: argparse.Namespace
+        self, model: Any, options: Callable[[Work], dict[str, Any]], args: argparse.Namespace
     ) -> None:
-        self._model, self._generate, self._work = model, generate, work
+        self._model, self._options = model, options
         self._shape = (args.prompts, args.samples)
         self._at_once, self._timer = args.rows_at_once, Timer(args.device, args.clock)
         self._optimizer = torch.optim.AdamW(list(model.parameters()), lr=1e-6)
         self.seconds: dict[str, list[float]] = {name: [] for name in PARTS}
-        self._out: Tensor | None = None
 
-    def _roll_out(self) -> None:
+    def _roll_out(self, work: Work) -> Tensor:
         self._model.eval()
-        self._out = self._generate()
+        return roll_out(self._model, work, self._options(work))
 
-    def _learn(self) -> None:
-        assert self._out is not None
+    def _learn(self, work: Work, out: Tensor) -> None:
         self._model.train()
-        work, out = self._work, self._out
         # Any reward does: the share of even tokens.
         even = (out[:, work.ids.shape[1] :] % 2 == 0).float().mean(1)
         gains = advantages(even.view(self._shape)).flatten()
@@ -99,14 +98,19 @@ class Loop:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def __call__(self) -> float:
+    def __call__(self, work: Work) -> float:
         """One whole step; its seconds."""
-        whole = 0.0
-        for name, part in zip(PARTS, (self._roll_out, self._learn, self._step), strict=True):
-            seconds = self._timer(part)
-            self.seconds[name].append(seconds)
-            whole += seconds
-        return whole
+        now = self._timer.now
+        marks = [now()]
+        out = self._roll_out(work)
+        marks.append(now())
+        self._learn(work, out)
+        marks.append(now())
+        self._step()
+        marks.append(now())
+        for name, (start, end) in zip(PARTS, itertools.pairwise(marks), strict=True):
+            self.seconds[name].append(end - start)
+        return marks[-1] - marks[0]
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -118,10 +122,10 @@ def run(args: argparse.Namespace) -> Result:
     settings, options = WAYS[args.ways[-1]]
     more = {"disk_cache": False, **settings, **args.options}
     with hybrid_fx.hybridize(model, graph=args.graph, **more) as engine:
-        ours = Loop(engine, lambda: roll_out(engine, work, options(work)), work, args)
-        theirs = Loop(plain, lambda: roll_out(plain, work, work.options()), work, args)
-        in_turn({"a": ours, "b": theirs}, 1)
-        times = in_turn({"a": ours, "b": theirs}, args.repeat)
+        ours, theirs = Loop(engine, options, args), Loop(plain, Work.options, args)
+        ours(work)  # all of it: the first call makes plan, prepared tensors and workspace
+        theirs(work.short())
+        times = in_turn({"a": partial(ours, work), "b": partial(theirs, work)}, args.repeat)
     rows: list[Row] = [compared("iteration", times["a"], times["b"])]
     for name in PARTS:
         a, b = (side.seconds[name][1:] for side in (ours, theirs))

@@ -1,8 +1,8 @@
 """switch: from ``eval()`` to the first generated token, less the prefill, after training.
 
-Each turn is an optimizer step on a tiny batch, the timed call of one new token, and the same call
-again, on weights that are the same: what the first took longer is the switch. ``unchanged`` is a
-``train()`` and an ``eval()`` without a step in between.
+Each turn is an optimizer step on a tiny batch, the timed call of one new token behind a short
+prompt, and the same call again on the same weights: what the first took longer is the switch.
+``unchanged`` is a ``train()`` and an ``eval()`` without a step in between.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from shapes import build
 import hybrid_fx
 
 REPEAT = 5
+_PROMPT = 8  # a long prefill would hide a short switch
 COLUMNS: tuple[Column, ...] = (
     ("switch", cell("what")),
     ("ms", cell("ms", ".1f")),
@@ -102,10 +103,10 @@ def measured(name: str, model: Any, args: argparse.Namespace) -> list[Row]:
     seconds()
     a_byte = statistics.median(seconds() for _ in range(args.repeat))
     read = a_byte * sum(p.nbytes for p in model.parameters())
-    ids = prompts(model, 1, args.prompt, args.device)
+    ids = prompts(model, 1, _PROMPT, args.device)
     options = {"disk_cache": False, **args.options}
     with hybrid_fx.hybridize(model, graph=args.graph, **options) as engine:
-        step, switch = step_of(engine, ids[:, :8]), Switch(engine, ids, timer)
+        step, switch = step_of(engine, ids), Switch(engine, ids, timer)
         turns = [switch.turn(step) for _ in range(args.repeat + 1)]
         same = [switch.turn(engine.train) for _ in range(args.repeat)]
     return [

@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = (
@@ -35,12 +37,16 @@ def loaded(name: str) -> ModuleType:
 
 measure = loaded("measure")
 environment = loaded("environment")
+forced = loaded("forced")
+with pytest.MonkeyPatch.context() as neighbours:
+    neighbours.setitem(sys.modules, "measure", measure)
+    limits = loaded("limits")
 
 
-def benchmark(*argv: str) -> str:
-    """What ``benchmarks/run.py`` printed, in a process of its own: its modules have plain names."""
+def benchmark(*argv: str, script: str = "run.py") -> str:
+    """What a benchmark printed, in a process of its own: its modules have plain names."""
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "run.py"), *argv],
+        [sys.executable, str(BENCHMARKS / script), *argv],
         env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)},
         capture_output=True,
         text=True,
@@ -98,6 +104,90 @@ def test_the_first_token_is_taken_off_a_step() -> None:
         clock[0] += 5.0 + 2.0 * (new - 1)
 
     assert measure.seconds_a_token(generate, 9, Scripted("cpu")) == 2.0
+
+
+# Limits
+
+
+def tiny_qwen2(*, tied: bool) -> transformers.PreTrainedModel:
+    config = transformers.Qwen2Config(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_reads_every_weight_once_and_of_an_embedding_its_rows(tied: bool) -> None:
+    model = tiny_qwen2(tied=tied)
+    attention = 8 * 8 + 8 + 2 * (8 * 4 + 4) + 8 * 8
+    layer = attention + 3 * 8 * 12 + 2 * 8
+    head, norm, rows = 8 * 10, 8, 3 * 8
+    kv = 2 * 3 * 5 * 2 * 2 * 2  # both, rows, positions, heads, their size, layers
+    numbers = 2 * layer + head + norm + rows + kv
+    assert limits.step_bytes(model, batch=3, positions=5) == 4 * numbers
+
+
+def test_a_step_multiplies_by_every_linear_weight_and_the_head() -> None:
+    model = tiny_qwen2(tied=True)
+    linear = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12) + 8 * 10
+    attention = 2 * 5 * 8 * 2 * 2  # positions, width, scores and values, layers; two each
+    assert limits.step_flops(model, batch=3, positions=5) == 3 * (2 * linear + attention)
+    assert len(limits.linear_layers(model)) == 2 * 7 + 1
+
+
+def test_the_linear_layers_of_gpt2_are_found_whatever_their_class() -> None:
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10, n_positions=8)
+    found = limits.linear_layers(transformers.AutoModelForCausalLM.from_config(config))
+    assert [tuple(weight.shape) for weight, _ in found] == [
+        (24, 8),
+        (8, 8),
+        (32, 8),
+        (8, 32),
+        (10, 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"), [(1, 2.0), (2, 2.0), (3, 3.0), (4, 4.0), (6, 6.0), (8, 8.0), (16, 16.0)]
+)
+def test_seconds_between_two_batches_lie_on_their_line(rows: int, seconds: float) -> None:
+    assert limits.interpolated([(2, 2.0), (4, 4.0), (8, 8.0)], rows) == seconds
+
+
+# Forced lengths
+
+
+def test_the_lengths_are_those_of_the_stated_distribution() -> None:
+    lengths = forced.drawn_lengths(32, shortest=4, longest=128)
+    assert (sum(lengths), min(lengths), max(lengths)) == (1405, 5, 128)
+
+
+def test_each_row_ends_at_its_length_and_not_before() -> None:
+    rule = forced.ForcedEnd([1, 2], prompt=3, eos=4)
+    scores = torch.tensor([[0.0, 1.0, 2.0, 3.0, 9.0]] * 2)
+    first = rule(torch.zeros(2, 3, dtype=torch.int64), scores.clone())
+    assert first.argmax(1).tolist() == [4, 3]
+    assert first[0].isneginf().tolist() == [True] * 4 + [False]
+    second = rule(torch.zeros(2, 4, dtype=torch.int64), scores.clone())
+    assert second.argmax(1).tolist() == [4, 4]
+
+
+def test_a_side_that_did_not_keep_the_lengths_is_refused() -> None:
+    work = forced.Work(torch.ones(2, 3, dtype=torch.int64), [1, 2], 4)
+    kept = torch.tensor([[1, 1, 1, 4, 0], [1, 1, 1, 2, 4]])
+    assert work.check(kept) is kept
+    longer = kept.clone()
+    longer[0, 4] = 3
+    with pytest.raises(RuntimeError, match="behind its length"):
+        work.check(longer)
+    with pytest.raises(RuntimeError, match=r"\(2, 4\)"):
+        work.check(kept[:, :4])
 
 
 # An environment of its own for a peer
@@ -188,3 +278,45 @@ def test_the_static_cache_is_compiled(tmp_path: Path) -> None:
 def test_switches_with_lora_are_measured(tmp_path: Path) -> None:
     benchmark("switch", *TINY, "--adapters", "LoRA", "--folder", str(tmp_path))
     assert len(records(tmp_path)["switch"]["rows"]) == 3
+
+
+PRETENDED = """
+import types
+__version__ = "0.0"
+
+class SamplingParams:
+    def __init__(self, *, temperature, max_tokens, ignore_eos, detokenize):
+        assert ignore_eos
+        self.max_tokens = max_tokens
+
+class LLM:
+    def __init__(self, *, model, dtype, max_model_len, skip_tokenizer_init, seed):
+        print("what vLLM logs")
+
+    def reset_prefix_cache(self):
+        return True
+
+    def generate(self, prompts, settings, *, use_tqdm):
+        tokens = ([1] * each.max_tokens for each in settings)
+        outputs = ([types.SimpleNamespace(token_ids=ids)] for ids in tokens)
+        return [types.SimpleNamespace(outputs=each) for each in outputs]
+"""
+
+
+@pytest.mark.deep
+def test_a_peer_in_its_own_process_is_measured_in_turn(tmp_path: Path) -> None:
+    python = tmp_path / "peers" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    (tmp_path / "vllm.py").write_text(PRETENDED)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "peers" / ".ready").write_text(environment.VLLM)
+    where = ("--environment", str(tmp_path / "peers"), "--folder", str(tmp_path))
+    benchmark("decode", "grpo", *TINY, *where, script="bench_peers.py")
+    [path] = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["versions"]["vllm"] == "0.0"
+    assert [row["what"].split(":")[0] for row in record["rows"]] == [
+        "decode, batch 2",
+        "grpo, processor",
+    ]
