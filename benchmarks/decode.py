@@ -60,7 +60,9 @@ def peer_side(
         return peers.generate(model, ids, do_sample=False)
     if name == "static":
         options = peers.static_options(args.device, args.prompt + args.new)
-        return peers.compiled(peers.generate(model, ids, do_sample=False, **options))
+        run = peers.generate(model, ids, do_sample=False, **options)
+        peers.must_compile(lambda: run(2))
+        return run
     rows, positions = ids.tolist(), args.prompt + args.new
     session = stack.enter_context(
         peers.BatchSession(
@@ -68,10 +70,10 @@ def peer_side(
         )
     )
 
-    def run(new: int) -> torch.Tensor:
+    def in_session(new: int) -> torch.Tensor:
         return torch.cat((ids.cpu(), torch.tensor(session(rows, [new] * len(rows)))), 1)
 
-    return run
+    return in_session
 
 
 def _row(batch: int, peer: str, title: str) -> Row:

@@ -61,17 +61,16 @@ def generate(model: Any, ids: Tensor, **options: Any) -> Callable[[int], Tensor]
     )
 
 
-def compiled(run: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-    """``run`` of two tokens or more, after proof that its first call compiled.
+def must_compile(call: Callable[[], object]) -> None:
+    """Run ``call``, the first that can compile.
 
     Raises:
-        RuntimeError: where it did not.
+        RuntimeError: where transformers compiled nothing in it.
     """
     before = graphs_compiled()
-    run(2)
+    call()
     if graphs_compiled() == before:
         raise RuntimeError("transformers did not compile the decode step")
-    return run
 
 
 class BatchSession:

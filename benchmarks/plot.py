@@ -21,7 +21,7 @@ def _decode(axes: Any, record: dict[str, Any]) -> None:
     for index, (name, values) in enumerate(series.items()):
         places = [batches.index(batch) + (index + 0.5) * width - 0.4 for batch in values]
         axes.bar(places, list(values.values()), width, label=name)
-    for style, (name, values) in zip(("k--", "k:", "k-."), lines.items(), strict=False):
+    for style, (name, values) in zip(("k_--", "k_:", "k_-."), lines.items(), strict=False):
         axes.plot([batches.index(b) for b in values], list(values.values()), style, label=name)
     axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
     axes.set_xlabel("rows")

@@ -38,6 +38,8 @@ def loaded(name: str) -> ModuleType:
 measure = loaded("measure")
 environment = loaded("environment")
 forced = loaded("forced")
+peers = loaded("peers")
+record = loaded("record")
 with pytest.MonkeyPatch.context() as neighbours:
     neighbours.setitem(sys.modules, "measure", measure)
     limits = loaded("limits")
@@ -104,6 +106,23 @@ def test_the_first_token_is_taken_off_a_step() -> None:
         clock[0] += 5.0 + 2.0 * (new - 1)
 
     assert measure.seconds_a_token(generate, 9, Scripted("cpu")) == 2.0
+
+
+def test_what_could_not_be_measured_is_a_line_that_says_why(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"what": "a peer, batch 4", "error": "RuntimeError: no kernel [here]"}
+    result = record.Result(rows=[row], limits={"read_gb_s": 20.0}, notes=["a note"])
+    record.show(result, "decode")
+    shown = capsys.readouterr().out
+    assert "a peer, batch 4: RuntimeError: no kernel [here]" in shown
+    assert "read_gb_s 20" in shown
+    assert "a note" in shown
+
+
+def test_a_peer_that_says_it_compiles_has_to() -> None:
+    with pytest.raises(RuntimeError, match="did not compile"):
+        peers.must_compile(lambda: None)
 
 
 # Limits
