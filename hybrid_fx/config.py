@@ -24,6 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "graph": ("eager", "inductor"),
     "verify_weights": ("off", "checksum"),
 }
+_FLAGS = ("release_inference_cache", "strict", "disk_cache", "train_graph", "share_storage")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,13 @@ class HybridConfig:
             under its training flags: the same loss, gradients and random numbers. Its result
             holds loss and logits, and never a KV cache; ``graph`` does not lower it. The first
             call of each kind proves it, and holds two more sets of gradients meanwhile.
+        share_storage: Let parameters whose rows are stacked to generate (query, key and value; gate
+            and up) lie in one buffer, so that the stack needs no copy. At the first generate they
+            are given other memory by ``param.data``; values, objects, gradients and optimizer
+            states stay, training is the same bit by bit, and files are as large as before. Do it
+            before you capture CUDA graphs of your own, or keep a tensor on a parameter's memory.
+            What cannot be laid out (tied or shared memory, views such as DeepSpeed's, sharded or
+            quantized weights, folded adapters) is copied, and ``explain()`` says what and why.
         passes: Passes of your own, :class:`hybrid_fx.passes.Pass`; each runs as late as its
             contract allows, in the graphs that generate. They may add any operator of the table.
         policies: Decoder families of your own, :class:`hybrid_fx.passes.Policy`; tried before
@@ -71,6 +79,7 @@ class HybridConfig:
     fusions: FusionMode = "measured"
     disable_passes: tuple[str, ...] = ()
     train_graph: bool = False
+    share_storage: bool = False
     passes: tuple[Pass, ...] = ()
     policies: tuple[Policy, ...] = ()
 
@@ -78,7 +87,7 @@ class HybridConfig:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(allowed)}")
-        for name in ("release_inference_cache", "strict", "disk_cache", "train_graph"):
+        for name in _FLAGS:
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name}={value!r} must be True or False")
         tokens = self.max_out_tokens

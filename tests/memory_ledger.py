@@ -1,4 +1,4 @@
-"""The memory of live tensors, counted by storage.
+"""The memory of live tensors, counted by address: storages may lie in one another.
 
 Cycles that only the garbage collector would free count as live: memory that waits for it is not
 given back. So the collector is off around what is measured.
@@ -16,8 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def live_bytes() -> int:
-    """Bytes of all storages that some tensor of this process holds."""
-    found: dict[int, int] = {}
+    """Bytes that the storages of this process's tensors cover, each once.
+
+    What a tensor keeps alive around its own storage is not seen.
+    """
+    spans: set[tuple[int, int]] = set()
     for value in gc.get_objects():
         # By the type itself: isinstance() asks objects that answer with warnings.
         kind = type(value)
@@ -25,8 +28,12 @@ def live_bytes() -> int:
             continue
         if not value.is_meta and value.layout == torch.strided:
             storage = value.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-    return sum(found.values())
+            spans.add((storage.data_ptr(), storage.nbytes()))
+    covered = end = 0
+    for start, size in sorted(spans):
+        covered += max(0, start + size - max(start, end))
+        end = max(end, start + size)
+    return covered
 
 
 @contextmanager

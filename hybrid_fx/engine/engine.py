@@ -189,6 +189,7 @@ class HybridEngine:
         runner = self._graphs.runner
         if runner is not None:
             self.stats.record_kv_bytes(runner.workspace.nbytes)
+            self.stats.prepared_bytes = runner.prepared.nbytes
         # A call from inside another one (a processor that generates) frees nothing of the outer.
         if self._options.release_inference_cache and not self._running:
             self._release()
@@ -196,6 +197,7 @@ class HybridEngine:
     def _release(self) -> None:
         self._graphs.release()
         self.stats.record_kv_bytes(0)
+        self.stats.prepared_bytes = 0
 
     def _generate_by_module(
         self, model: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any
@@ -254,7 +256,7 @@ class HybridEngine:
             return
         self._closed = True
         self._tracker.close()
-        self._graphs.release()
+        self._graphs.close()
         self._training_graphs = None
         attributes = vars(self.module)
         switch = attributes.get("generate")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..passes.outcome import LayerReport
+from .copies import PreparedCopy, copy_lines
 from .iteration import readable_bytes
 from .pass_table import PassReport, pass_table
 
@@ -51,6 +52,9 @@ class Explanation:
         prepared_bytes: Memory of the prepared tensors, which the plan owns.
         prepare_peak_bytes: Most memory that preparing needs beyond what stood before it.
         kv_bytes: Memory of the KV workspace.
+        shared_bytes: Of the weights, what the graphs read as stacks that need no copy, see
+            ``share_storage``.
+        copies: The prepared tensors that have memory of their own, and why.
         lora: A decision for each adapted module; empty without adapters.
         fallbacks: Reason to how often a call left the rewritten graphs.
         sources: ``prepare``, ``prefill`` and ``decode`` to their generated Python source; and
@@ -66,11 +70,18 @@ class Explanation:
     prepared_bytes: int = 0
     prepare_peak_bytes: int = 0
     kv_bytes: int = 0
+    shared_bytes: int = 0
+    copies: tuple[PreparedCopy, ...] = ()
     lora: tuple[LoraDecision, ...] = ()
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     passes: tuple[PassReport, ...] = ()
+
+    @property
+    def eval_bytes(self) -> int:
+        """What generating holds beyond the weights, from one call to the next."""
+        return self.prepared_bytes + self.kv_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data that JSON can hold."""
@@ -106,6 +117,7 @@ class Explanation:
         if self.passes:
             yield pass_table(self.passes)
         yield self._memory_table()
+        yield from copy_lines(self.copies)
         yield from self._lora_lines()
         if self.fallbacks:
             yield "Calls that left the rewritten graphs:"
@@ -142,9 +154,11 @@ class Explanation:
         table.add_column("", justify="right")
         for name, size in (
             ("weights", self.weight_bytes),
+            ("of them in shared stacks", self.shared_bytes),
             ("prepared tensors", self.prepared_bytes),
             ("peak of prepare", self.prepare_peak_bytes),
             ("KV workspace", self.kv_bytes),
+            ("to generate, beyond the weights", self.eval_bytes),
         ):
             table.add_row(name, readable_bytes(size))
         return table

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..plan.plan import Plan
 from ..runtime import PlanRunner
 from ..runtime.lowering import by_inductor
 from ..runtime.probe import Verdict
+from ..runtime.shared_rows import SharedRows
 from .plans import Plans
 from .proof import said
 from .prover import Prover
@@ -43,6 +45,8 @@ class ModelGraphs:
         agreed: Whether all ranks have agreed on what the call in progress takes.
         failure: Why the model runs as the original module, or "".
         errors: Measured relative error of folding, by adapted place; empty where not measured.
+        rows: Where stacked weights lie in one buffer; ``None`` where that was not asked for, or
+            the model's memory is not ours to lay out.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class ModelGraphs:
         self._tracker = tracker
         self._plans = Plans(source, config, stats)
         self._team = Together(source)
+        own = config.share_storage and source.gather is None and not source.joint
+        self.rows = SharedRows() if own else None
         self.runner: PlanRunner | None = None
         self.failure = ""
         self.errors: dict[str, float] = {}
@@ -171,6 +177,8 @@ class ModelGraphs:
     def _load(self) -> None:
         """A runner for the plan that folds, nothing prepared yet."""
         self._drop()
+        if self.rows is not None:
+            self.rows.begin()
         try:
             plan = self._plans.plan()
             self._folding = self.runner = self._make_runner(plan)
@@ -203,6 +211,7 @@ class ModelGraphs:
             group=self._source.group,
             gather=self._source.gather,
             stream=self._source.stream,
+            rows=self.rows,
         )
 
     def _device(self) -> torch.device:
@@ -253,7 +262,9 @@ class ModelGraphs:
             wrong = self._prove(tensors)
         if wrong is None:
             assert self.runner is not None
-            self.runner.prepare(tensors)
+            rows = self.rows
+            with rows.laying_out(tensors, self._tracker.follow) if rows else nullcontext():
+                self.runner.prepare(tensors)
             self._stats.count("prepares")
         return wrong
 
@@ -299,6 +310,12 @@ class ModelGraphs:
                 runner.release()
         self._source.release()
         self._prepared_version = None
+
+    def close(self) -> None:
+        """Give all inference memory back, and the parameters memory of their own."""
+        self.release()
+        if self.rows is not None:
+            self.rows.undo(self.tensors())
 
     def _drop(self) -> None:
         self.release()

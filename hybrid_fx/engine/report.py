@@ -11,6 +11,7 @@ from ..cache.tree import View
 from ..config import HybridConfig
 from ..generate import causal_lm
 from ..passes.outcome import LayerReport, Missed
+from .copies import PreparedCopy, prepared_copies
 from .explain import Explanation, LoraDecision
 from .graphs import FOLD_LIMIT, ModelGraphs
 from .iteration import readable_bytes
@@ -90,6 +91,13 @@ def _training_notes(training: TrainingGraphs) -> list[str]:
     return [] if training.plan else ["train_graph=True: the first training forward captures it"]
 
 
+def _copies(config: HybridConfig, graphs: ModelGraphs) -> tuple[PreparedCopy, ...]:
+    if graphs.runner is None:
+        return ()
+    refused = None if graphs.rows is None else graphs.rows.copied
+    return prepared_copies(graphs.runner, asked=config.share_storage, refused=refused)
+
+
 def build_explanation(
     model: nn.Module,
     config: HybridConfig,
@@ -128,6 +136,8 @@ def build_explanation(
         prepared_bytes=0 if runner is None else runner.prepared.nbytes,
         prepare_peak_bytes=graphs.prepare_peak_bytes,
         kv_bytes=0 if runner is None else runner.workspace.nbytes,
+        shared_bytes=0 if runner is None else runner.prepared.shared_nbytes,
+        copies=_copies(config, graphs),
         lora=_lora(config, graphs) + _other_adapters(model),
         fallbacks=dict(stats.fallbacks),
         sources={stage: source for plan in plans for stage, source in plan.sources.items()},

@@ -104,6 +104,10 @@ class WeightTracker:
             self.mark(change)
         return self.version
 
+    def follow(self) -> None:
+        """Take the model's memory as seen: it was put elsewhere, and no value changed."""
+        self._seen = self._look(self._seen)
+
     def close(self) -> None:
         """Remove the optimizer hook. The tracker may still be refreshed and marked."""
         self._unhook()

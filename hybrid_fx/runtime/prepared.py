@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan.records import Prepared
+from .shared_rows import SharedRows
 
 #: A tensor in memory that is this many times its own is a slice; what was gathered is padded.
 _PADDED = 1.25
@@ -37,13 +38,20 @@ class PreparedTensors:
     """The list that prefill and decode take; its memory is refilled from version to version.
 
     A tensor with memory of its own is copied into what the last version left, so that memory is
-    not returned and faulted in again; a weight or a view of one is taken as it is. What was
-    gathered is never a weight. A slice of what was made does not keep the rest of it.
+    not returned and faulted in again; a weight, a view of one or a stack in which weights lie is
+    taken as it is, and never refilled. What was gathered is never a weight. A slice of what was
+    made does not keep the rest of it.
     """
 
-    def __init__(self, wanted: tuple[Prepared, ...], gather: Gather | None = None) -> None:
+    def __init__(
+        self,
+        wanted: tuple[Prepared, ...],
+        gather: Gather | None = None,
+        rows: SharedRows | None = None,
+    ) -> None:
         self._wanted = wanted
         self._gather = gather
+        self._rows = rows
         self.tensors: list[Tensor] = []
         self._kept: list[Tensor | None] = [None] * len(wanted)
         self._next: list[Tensor | None] = []
@@ -53,6 +61,21 @@ class PreparedTensors:
         """Bytes held beside the model's own weights."""
         kept = (tensor.untyped_storage() for tensor in self._kept if tensor is not None)
         return sum({storage._cdata: storage.nbytes() for storage in kept}.values())
+
+    @property
+    def copies(self) -> list[tuple[Prepared, int]]:
+        """The tensors that have memory of their own, with its bytes."""
+        return [
+            (wanted, kept.nbytes)
+            for wanted, kept in zip(self._wanted, self._kept, strict=True)
+            if kept is not None
+        ]
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of the weights that are read as the stacks in which they lie."""
+        rows = self._rows
+        return sum(t.nbytes for t in self.tensors if rows is not None and rows.lent(t))
 
     def begin(self) -> None:
         """Start a new version: nothing is valid until every tensor was stored."""
@@ -76,9 +99,13 @@ class PreparedTensors:
             elif value.untyped_storage().nbytes() > _PADDED * value.nbytes:
                 value = value.clone()
             self._kept[index] = value
+        else:
+            self._kept[index] = None  # what was ours is not held beside what is lent
         self._next[index] = value
 
     def _owned(self, index: int, value: Tensor) -> bool:
+        if self._rows is not None and self._rows.lent(value):
+            return False
         if self._gather is None:
             return self._wanted[index].owns_memory
         return not self._gather.lent(value)

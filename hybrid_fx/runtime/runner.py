@@ -18,6 +18,7 @@ from ..plan.plan import Plan, load_functions
 from .lowering import Lowering, is_weight
 from .prepared import Gather, Measured, PreparedTensors
 from .session import Graph, PlanSession, Timer
+from .shared_rows import SharedRows, writes_in_place
 from .streamed import Stream, by_layer
 from .workspace import Workspace
 
@@ -38,6 +39,7 @@ class PlanRunner:
         group: Of the ranks that compute the model together, for a plan of several.
         gather: Makes sharded weights whole; ``None`` where all are.
         stream: Does so for a plan whose layers gather their own weights.
+        rows: Where weights that are stacked lie in one buffer; ``None`` copies them.
     """
 
     holds_keys = True
@@ -54,6 +56,7 @@ class PlanRunner:
         group: Group | None = None,
         gather: Gather | None = None,
         stream: Stream | None = None,
+        rows: SharedRows | None = None,
     ) -> None:
         if (plan.manifest.ranks > 1) != (group is not None):
             raise InputError(
@@ -70,6 +73,8 @@ class PlanRunner:
         table: dict[str, Callable[..., Any]] = dict(OPERATORS)
         if gather is not None:
             table["gather"] = gather
+        if rows is not None and not writes_in_place(plan.sources["prepare"]):
+            table["concat_rows"] = rows.concat_rows
         self._stream = stream if plan.manifest.streamed else None
         self._shards: list[tuple[Tensor, ...]] = []
         if self._stream is not None:
@@ -85,7 +90,7 @@ class PlanRunner:
                     if name != stage:
                         function.__globals__[name] = lower(function)
         self.workspace = Workspace(plan.manifest.kv, device)
-        self.prepared = PreparedTensors(plan.manifest.prepared, gather)
+        self.prepared = PreparedTensors(plan.manifest.prepared, gather, rows)
         self._open: PlanSession | None = None
         #: Whether embeddings may stand in for ids; None: not yet held against the module.
         self.takes_embeds: bool | None = None if plan.manifest.embeds else False

@@ -148,6 +148,89 @@ GROUPS = (
         ),
     ),
     Group(
+        "shared rows",
+        "hybrid_fx/runtime/shared_rows.py",
+        ("tests/runtime/test_shared_rows.py",),
+        (
+            Fault(
+                "a stack is taken for that of parameters that were put elsewhere",
+                "            and _storage(weight) == storage.cdata\n"
+                "            and weight.data_ptr() == address\n",
+                "",
+            ),
+            Fault(
+                "tied parameters are torn apart",
+                "if others := [user for user in self._users[_storage(weight)] if user != name]:",
+                "if others := []:",
+            ),
+            Fault(
+                "views are torn from what they are views of",
+                "if weight.nbytes != weight.untyped_storage().nbytes() or not weight.nbytes:",
+                "if not weight.nbytes:",
+            ),
+            Fault(
+                "memory that something else holds is left behind",
+                "            if not _is_alone(weight):\n",
+                "            if False:\n",
+            ),
+            Fault(
+                "a parameter is taken out of another stack",
+                "            if _storage(weight) in self._ours:\n",
+                "            if False:\n",
+            ),
+            Fault(
+                "pieces stand otherwise to the boundaries",
+                "        return (first.data_ptr() - memory.data_ptr()) % boundary\n",
+                "        return 0\n",
+            ),
+            Fault(
+                "engines take a stack from one another for ever",
+                "        self._done.add(names)\n",
+                "",
+            ),
+            Fault(
+                "what nobody lies in is still lent",
+                "if stack.places <= places])",
+                "])",
+            ),
+        ),
+    ),
+    Group(
+        "shared rows",
+        "hybrid_fx/runtime/prepared.py",
+        ("tests/runtime/test_shared_rows.py::test_a_refill_never_reaches_a_parameter",),
+        (
+            Fault(
+                "a stack in which weights lie is refilled",
+                "        if self._rows is not None and self._rows.lent(value):\n"
+                "            return False\n",
+                "",
+            ),
+            Fault(
+                "what was ours is held beside what is lent",
+                "            self._kept[index] = None  # what",
+                "            pass  # what",
+            ),
+        ),
+    ),
+    Group(
+        "shared rows",
+        "hybrid_fx/engine/graphs.py",
+        ("tests/engine/test_share_storage.py",),
+        (
+            Fault(
+                "laying out counts as a change of weights",
+                "rows.laying_out(tensors, self._tracker.follow)",
+                "rows.laying_out(tensors, lambda: None)",
+            ),
+            Fault(
+                "a closed engine leaves its layout behind",
+                "            self.rows.undo(self.tensors())\n",
+                "            pass\n",
+            ),
+        ),
+    ),
+    Group(
         "probe",
         "hybrid_fx/runtime/probe.py",
         (
