@@ -1,11 +1,13 @@
 """Ways of transformers to generate, each on the same weights as a model of its own.
 
-Tried with transformers 5.17 and 5.23: ``_compile_all_devices`` and ``generate_batch`` are theirs.
+Tried with transformers 5.17 and 5.23, whose ``_compile_all_devices`` and continuous batching this
+takes as they are there.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -86,8 +88,9 @@ class BatchSession:
         self, model: Any, rows: int, positions: int, tokens: int, *, share: bool, **options: Any
     ) -> None:
         pages = math.ceil(positions / _PAGE) + 1
+        known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
         sizes = ContinuousBatchingConfig(
-            page_size=_PAGE,
+            **{"page_size" if "page_size" in known else "block_size": _PAGE},
             num_blocks=rows * pages,
             max_batch_tokens=max(tokens, rows),
             allow_block_sharing=share,
