@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 LoraMode = Literal["auto", "fold", "side"]
 FusionMode = Literal["measured", "all"]
 GraphMode = Literal["eager", "inductor"]
+SamplingMode = Literal["hf", "per_sequence"]
 VerifyMode = Literal["off", "checksum"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lora": ("auto", "fold", "side"),
     "fusions": ("measured", "all"),
     "graph": ("eager", "inductor"),
+    "sampling": ("hf", "per_sequence"),
     "verify_weights": ("off", "checksum"),
 }
 _FLAGS = ("release_inference_cache", "strict", "disk_cache", "train_graph", "share_storage")
@@ -43,6 +45,14 @@ class HybridConfig:
             generate, which finds writes through ``.data`` or numpy (about 60 ms per GB).
         strict: Raise where a layer cannot be rewritten or a call leaves the rewritten graphs.
         graph: How a layer function runs: ``"eager"`` as generated, or lowered by ``"inductor"``.
+        sampling: Which random numbers a sampling ``generate`` draws. ``"hf"``: those that
+            transformers draws under the same seed, one for each token of the vocabulary, in each
+            row and step. ``"per_sequence"``: each sequence has a stream of its own, made from its
+            number in the call and one number of torch's global generator (so
+            ``torch.manual_seed`` counts); its draws depend on no other row. The distribution is
+            the same, the tokens under a seed are not, and it costs far less. Greedy search draws
+            nothing. Beam sampling, and every other way through transformers' own loops, draws as
+            transformers does.
         disk_cache: Keep plans on the disk, so that a second process does not trace again.
         cache_dir: Where; ``None`` is ``$XDG_CACHE_HOME/hybrid_fx`` or ``~/.cache/hybrid_fx``.
         fusions: Fused MLP and residual-norm where a recorded benchmark showed a gain of 3 % or
@@ -74,6 +84,7 @@ class HybridConfig:
     verify_weights: VerifyMode = "off"
     strict: bool = False
     graph: GraphMode = "eager"
+    sampling: SamplingMode = "hf"
     disk_cache: bool = True
     cache_dir: str | None = None
     fusions: FusionMode = "measured"

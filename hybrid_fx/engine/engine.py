@@ -127,8 +127,9 @@ class HybridEngine:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What ``model.generate(*args, **kwargs)`` returns, from rewritten graphs where they apply.
 
-        Takes the whole API of transformers. Runs without gradients, dropout and gradient
-        checkpointing; a call on a model in training leaves its flags as they were.
+        Takes the whole API of transformers; ``max_new_tokens`` may also be a list, one length for
+        each row of the prompt: what is shorter is padded. Runs without gradients, dropout and
+        gradient checkpointing; a call on a model in training leaves its flags as they were.
 
         Raises:
             InputError: for ids, masks or lengths that do not fit the model.
@@ -173,6 +174,7 @@ class HybridEngine:
             plain_generate=functools.partial(self._generate_by_module, model, plain),
             warned=self._warned,
             on_settings=self._source.say if self._source.collective else None,
+            sampling=self._options.sampling,
         )
 
     def _note_fallback(self, reason: str) -> None:

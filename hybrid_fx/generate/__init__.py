@@ -2,7 +2,8 @@
 
     generate(model, runner, args, kwargs, on_fallback=note)
 
-runs one ``model.generate(*args, **kwargs)``. :mod:`.routes` says which way each option goes.
+runs one ``model.generate(*args, **kwargs)``. :mod:`.routes` says which way each option goes. Beside
+what HF takes, ``max_new_tokens`` may be a list: see :mod:`.lengths`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ..errors import StrictError
 from .checks import check_request, position_limit
 from .guard import inference_mode_of, instance_attribute
 from .hf_loop import UnservedError, generate_by_loop
+from .lengths import end_rows, take_lengths
 from .loop import generate_fast
 from .no_rows import empty_result, has_no_rows
 from .protocol import Runner, Session
@@ -52,6 +54,7 @@ def generate(
     plain_generate: Callable[..., Any] | None = None,
     warned: set[str] | None = None,
     on_settings: Callable[[Mapping[str, str]], None] | None = None,
+    sampling: str = "hf",
 ) -> Any:
     """Generate as ``model.generate(*args, **kwargs)`` would, on ``runner``'s sessions.
 
@@ -72,6 +75,8 @@ def generate(
         warned: Keys of warnings already given, kept by the caller so that one engine warns once.
         on_settings: Where other ranks take part, told what they must be asked for as well. Then
             a prompt without rows is served.
+        sampling: Of the fast way: ``"hf"`` or ``"per_sequence"``, see
+            :class:`~hybrid_fx.config.HybridConfig`.
 
     Returns:
         What HF returns: int64 ``[B, T + new]`` or one of its output objects.
@@ -82,16 +87,20 @@ def generate(
         TypeError, ValueError: HF's own, for arguments it refuses.
     """
     prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    kwargs = drop_finished(dict(kwargs), prompt)
+    lengths, kwargs = take_lengths(drop_finished(dict(kwargs), prompt))
     kind: Any = type(model)
     plain = kind.generate.__get__(model) if plain_generate is None else plain_generate
     with torch.no_grad(), inference_mode_of(model), instance_attribute(model, "generate", plain):
         request = resolve(model, args, kwargs)
         nothing = on_settings is not None and has_no_rows(request)
+        settings = None if on_settings is None else settings_of(request)
         if not nothing:
             check_request(request)
-        if on_settings is not None:
-            on_settings(settings_of(request))
+        if lengths is not None:
+            end_rows(request, lengths)
+            args, kwargs = (), {**request.arguments, **request.options}
+        if on_settings is not None and settings is not None:
+            on_settings(settings)
         if nothing:
             if callable(runner):
                 runner()  # the other ranks wait for this one
@@ -103,7 +112,7 @@ def generate(
             if made is None:
                 route, why = Route.MODULE, "no captured graph"
         if made is not None and route is Route.FAST:
-            return generate_fast(request, made)
+            return generate_fast(request, made, sampling=sampling)
         if made is not None and route is Route.HF_LOOP:
             try:
                 result = generate_by_loop(request, made)

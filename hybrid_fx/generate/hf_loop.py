@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import HybridError
 from .embeds import embeds_fault
 from .guard import instance_attribute
-from .loop import Columns, prompt_columns
+from .prompt import Columns, prompt_columns, share
 from .protocol import Runner
 from .request import Request
 from .routes import EXACT_CACHES, padding_fault
@@ -131,13 +131,19 @@ def session_forward(
             cache.reset()  # the loop starts over with the whole sequence
         assert cache.session is not None
         columns = next_columns(input_ids, attention_mask, position_ids, cache.get_seq_length())
+        plain = inputs_embeds is None and not cache.get_seq_length()
+        fed, held = share(cache.session, columns) if plain else (columns, None)
         logits = cache.session.forward(
-            columns.ids.clamp_min(0),
-            columns.positions,
-            columns.valid,
+            fed.ids.clamp_min(0),
+            fed.positions,
+            fed.valid,
             keep=logits_to_keep or width,
             embeds=inputs_embeds,
         )
+        if held is not None:
+            rows = torch.tensor(held, device=logits.device)
+            cache.session.reorder(rows)
+            logits = logits[rows]
         cache.append(columns.ids)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 

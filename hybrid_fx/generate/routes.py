@@ -18,6 +18,11 @@ maximum lengths, several EOS ids, ``num_return_sequences``, ``max_time``, custom
 What stays FAST and has no effect on tokens: ``use_cache=False``, ``synced_gpus`` (decoding runs
 no collectives), ``compile_config``, and the cache kinds in ``EXACT_CACHES`` (the KV workspace is
 the cache).
+
+On the FAST route a row that has finished leaves the batch, unless something may look across rows
+(:mod:`.staying`: a processor or criterion of the user's, a watermark, ...) or scores or logits are
+returned; ``sampling="per_sequence"`` counts there alone. Prompts that stand in several rows are
+prefilled once on the routes FAST and HF_LOOP.
 """
 
 from __future__ import annotations

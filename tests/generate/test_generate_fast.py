@@ -23,7 +23,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from hybrid_fx.generate.loop import prompt_columns
+from hybrid_fx.generate.prompt import prompt_columns
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "plain": {},

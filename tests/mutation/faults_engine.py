@@ -1,4 +1,4 @@
-"""Mistakes in the engine: weight versions, what is kept, flags, decoding loop, cache key."""
+"""Mistakes in the engine: weight versions, what is kept, flags, cache key."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ from mutant import Fault, Group
 
 _FOLLOWED = "tests/laws/test_weights_followed.py"
 _VALUES = f"{_FOLLOWED}::test_changed_values_are_prepared_again_and_nothing_else"
-_LOOP = "tests/generate/test_generate_fast.py"
-_FAST = (
-    f"{_LOOP}::test_greedy_tokens_are_those_of_hf_for_left_padded_rows",
-    f"{_LOOP}::test_sampled_tokens_and_random_state_are_those_of_hf",
-)
 _KEY = "tests/cache/test_key.py"
 
 GROUPS = (
@@ -149,40 +144,6 @@ GROUPS = (
                 "gradient checkpointing stays off",
                 "            module.gradient_checkpointing = True",
                 "            module.gradient_checkpointing = False",
-            ),
-        ),
-    ),
-    Group(
-        "decoding loop",
-        "hybrid_fx/generate/loop.py",
-        _FAST,
-        (
-            Fault(
-                "positions stand still", "        last = last + 1\n", "        last = last + 0\n"
-            ),
-            Fault(
-                "padding takes positions",
-                "positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)",
-                "positions = torch.arange(prompt)[None].expand(batch, prompt)",
-                (
-                    "tests/generate/test_generate_fast.py::"
-                    "test_positions_of_a_prompt_are_hfs_where_the_model_takes_none",
-                ),
-            ),
-            Fault(
-                "finished rows go on",
-                "tokens = tokens * record.unfinished + pad * (1 - record.unfinished)",
-                "tokens = tokens + pad * 0",
-            ),
-            Fault(
-                "a draw takes other random numbers",
-                "return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)",
-                "return (scores + torch.rand_like(scores)).argmax(-1)",
-            ),
-            Fault(
-                "a mask is not handed to the graphs",
-                "valid = None if mask is None or",
-                "valid = None if mask is None or len(mask) or",
             ),
         ),
     ),

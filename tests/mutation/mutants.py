@@ -5,6 +5,7 @@ from __future__ import annotations
 import faults_attention
 import faults_engine
 import faults_fusions
+import faults_loop
 import faults_lora
 import faults_ranks
 import faults_runtime
@@ -25,6 +26,7 @@ MUTANTS: list[Mutant] = mutants_of(
         *faults_tools.GROUPS,
         *faults_runtime.GROUPS,
         *faults_engine.GROUPS,
+        *faults_loop.GROUPS,
         *faults_training.GROUPS,
         *faults_teams.GROUPS,
         *faults_ranks.GROUPS,

@@ -120,3 +120,44 @@ def test_an_exception_inside_a_graph_leaves_no_timer_and_no_session_open(monkeyp
             engine.generate(**inputs)
     assert engine.stats._stack == []
     assert torch.equal(engine.generate(**inputs), wanted)
+
+
+def test_padding_behind_a_row_that_ended_counts_as_no_token():
+    engine = hybrid_fx.hybridize(tiny("llama"))
+    lengths = [1, 6, 3]
+    engine.generate(**prompt((5, 3, 4)), max_new_tokens=lengths, pad_token_id=0, eos_token_id=None)
+    assert engine.stats.fallbacks == {}
+    # The last new token of a row is chosen and not fed back.
+    assert engine.stats.tokens["decode"] == sum(length - 1 for length in lengths)
+    assert engine.stats.tokens["prefill"] == 5 + 3 + 4
+
+
+def test_a_prompt_counts_as_often_as_it_is_computed():
+    engine = hybrid_fx.hybridize(tiny("llama"))
+    asked = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": 2}
+    engine.generate(**prompt((5, 3)), **asked, eos_token_id=None)
+    assert engine.stats.tokens == {"prefill": 5 + 3, "decode": 8}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_engine_samples_per_sequence_where_it_is_told_to(kind):
+    asked = {**prompt((5, 3)), "do_sample": True, "max_new_tokens": 6, "eos_token_id": None}
+    model = tiny(kind)
+    with hybrid_fx.hybridize(model, sampling="per_sequence") as engine:
+        found = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            found.append(engine.generate(**asked))
+            after = torch.rand(())
+            torch.manual_seed(seed)
+            torch.empty((), dtype=torch.int64).random_()
+            assert torch.rand(()) == after  # one number was drawn
+        greedy = engine.generate(**{**asked, "do_sample": False})
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert torch.equal(greedy, model.generate(**{**asked, "do_sample": False}))
+
+
+def test_another_way_of_sampling_is_refused_by_name():
+    with pytest.raises(hybrid_fx.ConfigError, match="sampling='fast' is not known; use one of hf"):
+        hybrid_fx.hybridize(tiny("llama"), sampling="fast")

@@ -1,0 +1,69 @@
+"""Which token comes next: the one with the largest score, or a draw.
+
+Legend: B rows of the call, N rows that still run, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Choose(Protocol):
+    """Chooses the tokens of one step; called once a step."""
+
+    def __call__(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        """One token for each row.
+
+        Args:
+            scores: ``[N, V]``, processed; not written.
+            rows: Which rows of the call they belong to, N distinct numbers below B.
+
+        Returns:
+            int64 ``[N]``.
+
+        Raises:
+            RuntimeError: where a row's scores are no distribution, in torch's words.
+        """
+
+
+def largest(scores: Tensor, rows: Sequence[int]) -> Tensor:
+    """The first token of the largest score in each row: greedy search."""
+    return scores.argmax(-1)
+
+
+class Memory:
+    """Numbers that every step of a call writes anew.
+
+    Fresh memory of ``[B, V]`` costs more than what is computed in it.
+    """
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def take(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``[rows, width]`` of unknown content."""
+        held = self._held
+        if held is None or len(held) < rows or held.shape[1] != width or held.dtype != dtype:
+            held = self._held = torch.empty(rows, width, dtype=dtype, device=device)
+        return held[:rows]
+
+    def like(self, given: Tensor) -> Tensor:
+        """As much as ``given`` ``[N, V]``."""
+        rows, width = given.shape
+        return self.take(rows, width, given.dtype, given.device)
+
+
+def probabilities(scores: Tensor, memory: Memory) -> Tensor:
+    """Softmax of ``scores`` ``[N, V]``, in ``memory``.
+
+    Raises:
+        RuntimeError: for NaN, +inf, or a row without a finite score; what multinomial says then.
+    """
+    found = torch.softmax(scores, -1, out=memory.like(scores))
+    if bool(found[:, :1].isnan().any()):  # one such score makes its whole row NaN
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+    return found

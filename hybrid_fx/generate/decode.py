@@ -1,0 +1,139 @@
+"""Decoding: tokens are chosen, rows that have finished leave the session, the others go on.
+
+Processors and criteria are transformers' own callables. Criteria see the tokens of all rows; the
+session, and processors that look at each row by itself, those that still run.
+
+Legend: B rows of the call, N rows in the session, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .choose import Choose, Memory
+from .lengths import RowLengths
+from .protocol import Session
+from .staying import may_leave, of_rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What HF resolved: processors and criteria are its own callables on ``(ids, scores)``."""
+
+    process: Callable[[Tensor, Tensor], Tensor]
+    stop: Any
+    config: Any
+    choose: Choose
+    streamer: Any = None
+
+
+@dataclass
+class Record:
+    """The sequences ``[B, T + new]``; scores and logits ``[B, V]`` a step, None where unasked."""
+
+    ids: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    unfinished: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unfinished = torch.ones(len(self.ids), dtype=torch.long, device=self.ids.device)
+
+    def append(self, chosen: Tensor, rows: Tensor | None, pad: Tensor | None) -> Tensor:
+        """Add the tokens of ``rows`` (all where None), padding for the finished; all, ``[B]``."""
+        if rows is not None:
+            assert pad is not None
+            tokens = pad.expand(len(self.ids)).clone()
+            tokens[rows] = chosen
+        elif pad is not None:
+            tokens = chosen * self.unfinished + pad * (1 - self.unfinished)
+        else:
+            tokens = chosen
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
+        return tokens
+
+
+def decode(
+    session: Session,
+    logits: Tensor,
+    ids: Tensor,
+    last: Tensor,
+    settings: Settings,
+    held: Sequence[int] | None = None,
+) -> Record:
+    """Choose tokens until the stopping criteria hold for every row.
+
+    Args:
+        session: Holds the columns of ``ids``.
+        logits: ``[B, 1, V]`` of the last column.
+        ids: The prompt, ``[B, T]``.
+        last: The positions of the last column, int64 ``[B, 1]``.
+        settings: HF's processors, criteria and generation config.
+        held: The row of the session that each row of ``ids`` continues; None: its own.
+    """
+    config, device = settings.config, ids.device
+    keep = bool(config.return_dict_in_generate)
+    record = Record(
+        ids,
+        scores=() if keep and config.output_scores else None,
+        logits=() if keep and config.output_logits else None,
+    )
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in settings.stop)
+    pad = config._pad_token_tensor.to(device) if ends else None
+    leaves = record.scores is None and record.logits is None
+    leaves = leaves and may_leave(settings.process, settings.stop, (RowLengths,))
+    numbers = Memory() if leaves else None
+    rows = list(range(len(ids)))  # those of the logits
+    index: Tensor | None = None  # the same, unless these are all rows in order
+    process = settings.process
+    while True:
+        raw = _numbers(logits[:, -1], device, numbers)
+        scores = process(record.ids if index is None else record.ids[index], raw)
+        if record.scores is not None:
+            record.scores += (scores,)
+        if record.logits is not None:
+            record.logits += (raw,)
+        tokens = record.append(settings.choose(scores, rows), index, pad)
+        record.unfinished = record.unfinished & ~settings.stop(record.ids, record.scores)
+        if settings.streamer is not None:
+            settings.streamer.put(tokens.cpu())
+        running = record.unfinished.tolist()
+        if not any(running):
+            break
+        stay = closed_up([running[row] for row in rows]) if leaves else list(range(len(rows)))
+        if held is not None or len(stay) < len(rows):
+            sources = stay if held is None else [held[place] for place in stay]
+            session.reorder(torch.tensor(sources, device=last.device))
+            last = last[torch.tensor(stay, device=last.device)]
+            rows, held = [rows[place] for place in stay], None
+            if len(rows) < len(ids):
+                index = torch.tensor(rows, device=device)
+                process = of_rows(settings.process, index)
+        last = last + 1
+        fed = tokens if index is None else tokens[index]
+        logits = session.forward(fed[:, None].to(last.device), last)
+    if settings.streamer is not None:
+        settings.streamer.end()
+    return record
+
+
+def closed_up(running: Sequence[object]) -> list[int]:
+    """The rows that run, in such an order that few move: the last ones fill what others leave."""
+    count = sum(map(bool, running))
+    movers = iter([row for row in range(count, len(running)) if running[row]])
+    return [row if running[row] else next(movers) for row in range(count)]
+
+
+def _numbers(logits: Tensor, device: torch.device, memory: Memory | None) -> Tensor:
+    """float32 ``[N, V]``; in ``memory``, where nobody keeps what a step computed."""
+    if memory is None:
+        return logits.to(copy=True, dtype=torch.float32, device=device)
+    if logits.dtype == torch.float32 and logits.device == device:
+        return logits
+    rows, width = logits.shape
+    return memory.take(rows, width, torch.float32, device).copy_(logits)

@@ -1,0 +1,142 @@
+"""Mistakes in the decoding loop: which rows run, what is fed, what is drawn, when rows end."""
+
+from __future__ import annotations
+
+from mutant import Fault, Group
+
+_LOOP = "tests/generate/test_generate_fast.py"
+_FAST = (
+    f"{_LOOP}::test_greedy_tokens_are_those_of_hf_for_left_padded_rows",
+    f"{_LOOP}::test_sampled_tokens_and_random_state_are_those_of_hf",
+)
+_LEAVING = "tests/generate/test_generate_leaving.py"
+_PROMPTS = "tests/generate/test_generate_prompts.py"
+_DRAWS = "tests/generate/test_generate_draws.py"
+
+GROUPS = (
+    Group(
+        "decoding loop",
+        "hybrid_fx/generate/decode.py",
+        _FAST,
+        (
+            Fault(
+                "positions stand still", "        last = last + 1\n", "        last = last + 0\n"
+            ),
+            Fault(
+                "finished rows go on",
+                "tokens = chosen * self.unfinished + pad * (1 - self.unfinished)",
+                "tokens = chosen + pad * 0",
+                (f"{_LEAVING}::test_rows_stay_where_something_may_look_across_them",),
+            ),
+            Fault(
+                "rows that leave take their places with them",
+                "last = last[torch.tensor(stay, device=last.device)]",
+                "last = last[: len(stay)]",
+            ),
+            Fault(
+                "finished rows stay",
+                "    leaves = leaves and may_leave(",
+                "    leaves = not leaves and may_leave(",
+                (f"{_LEAVING}::test_a_row_that_has_ended_is_fed_no_more",),
+            ),
+            Fault(
+                "rows leave where scores are returned",
+                "leaves = record.scores is None and record.logits is None",
+                "leaves = True",
+                (f"{_LEAVING}::test_rows_stay_where_something_may_look_across_them",),
+            ),
+            Fault(
+                "processors are told of the first rows",
+                "process = of_rows(settings.process, index)",
+                "process = of_rows(settings.process, torch.arange(len(rows)))",
+                (f"{_LEAVING}::test_a_penalty_that_skips_each_rows_padding_follows_the_rows",),
+            ),
+        ),
+    ),
+    Group(
+        "decoding loop",
+        "hybrid_fx/generate/prompt.py",
+        _FAST,
+        (
+            Fault(
+                "padding takes positions",
+                "positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)",
+                "positions = torch.arange(prompt)[None].expand(batch, prompt)",
+                (
+                    "tests/generate/test_generate_fast.py::"
+                    "test_positions_of_a_prompt_are_hfs_where_the_model_takes_none",
+                ),
+            ),
+            Fault(
+                "a mask is not handed to the graphs",
+                "valid = None if mask is None or",
+                "valid = None if mask is None or len(mask) or",
+            ),
+            Fault(
+                "rows of another padding are alike",
+                "parts += [] if columns.valid is None else [columns.valid.long()]",
+                "parts += []",
+                (f"{_PROMPTS}::test_rows_that_differ_in_padding_or_positions_are_not_alike",),
+            ),
+            Fault(
+                "every row is prefilled",
+                "    if len(firsts) == len(alike):\n",
+                "    if len(firsts) <= len(alike):\n",
+                (f"{_PROMPTS}::test_rows_with_the_same_prompt_are_prefilled_once",),
+            ),
+        ),
+    ),
+    Group(
+        "decoding loop",
+        "hybrid_fx/generate/hf_draws.py",
+        _FAST,
+        (
+            Fault(
+                "a draw takes other random numbers",
+                "            noise.uniform_().neg_()\n",
+                "            noise.uniform_()\n",
+            ),
+            Fault(
+                "rows that left draw nothing",
+                "                noise.view(torch.int64).random_()",
+                "                noise.view(torch.int64)",
+                (f"{_DRAWS}::test_any_rows_draw_what_they_draw_among_all",),
+            ),
+        ),
+    ),
+    Group(
+        "decoding loop",
+        "hybrid_fx/generate/own_draws.py",
+        (_DRAWS,),
+        (
+            Fault("all rows draw one number", "seed + (row + 1) * _ODD", "seed + _ODD"),
+            Fault(
+                "a token without probability is drawn at the edge",
+                "torch.minimum(target, below), right=True",
+                "torch.minimum(target, below), right=False",
+            ),
+            Fault(
+                "the end of the vocabulary is out of reach",
+                "torch.minimum(target, below), right=True",
+                "target * 0.999, right=True",
+            ),
+        ),
+    ),
+    Group(
+        "decoding loop",
+        "hybrid_fx/generate/lengths.py",
+        (_PROMPTS,),
+        (
+            Fault(
+                "a row ends one token early",
+                "return self._lengths <= input_ids.shape[1] - self._prompt",
+                "return self._lengths <= input_ids.shape[1] - self._prompt + 1",
+            ),
+            Fault(
+                "samples of a prompt take the next one's length",
+                "[length for length in lengths for _ in range(repeats)]",
+                "[length for _ in range(repeats) for length in lengths]",
+            ),
+        ),
+    ),
+)
