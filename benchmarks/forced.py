@@ -69,6 +69,10 @@ class Work:
         """The same prompts with a few new tokens: to warm a side up."""
         return replace(self, lengths=[min(length, 4) for length in self.lengths])
 
+    def by_length(self) -> dict[str, Any]:
+        """Arguments of hybrid_fx's generate alone: sampling, and the length of each row."""
+        return {**SAMPLING, "max_new_tokens": self.lengths, "pad_token_id": 0}
+
     def options(self) -> dict[str, Any]:
         """Arguments of generate: sampling, and the rule that ends rows."""
         rule = ForcedEnd(self.lengths, self.ids.shape[1], self.eos)

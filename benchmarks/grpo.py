@@ -1,7 +1,9 @@
 """grpo: one sampled rollout with forced lengths, in generated tokens a second over the whole call.
 
-hybrid_fx runs it in several ways (``--ways``), each measured against each peer. The limit is the
-linear layers alone: over the distinct prompts, and then over the rows that still run in each step.
+hybrid_fx runs it in several ways (``--ways``), each measured against each peer: ``processor`` by
+the rule that ends rows in transformers too, ``lengths`` told the length of each row,
+``per_sequence`` drawing each row from a generator of its own as well. The limit is the linear
+layers alone: over the distinct prompts, and then over the rows that still run in each step.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ COLUMNS: tuple[Column, ...] = (
 #: Ways of hybrid_fx: what hybridize is told, and how the rows are ended.
 WAYS: dict[str, tuple[dict[str, Any], Callable[[Work], dict[str, Any]]]] = {
     "processor": ({}, Work.options),
+    "lengths": ({}, Work.by_length),
+    "per_sequence": ({"sampling": "per_sequence"}, Work.by_length),
 }
 
 

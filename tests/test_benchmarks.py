@@ -255,6 +255,11 @@ def test_every_workload_measures_and_records(tmp_path: Path) -> None:
     assert decode["generate"]["same_tokens"]
     assert decode["batch"]["same_tokens"]
     assert set(found["decode"]["limits"]) == {"read_gb_s", "matrix_gflop_s"}
+    assert {row["what"].split(" / ")[1] for row in found["grpo"]["rows"]} == {
+        "processor",
+        "lengths",
+        "per_sequence",
+    }
     assert all(row["a_tokens_s"] > 0 and row["b_tokens_s"] > 0 for row in found["grpo"]["rows"])
     assert [row["what"] for row in found["switch"]["rows"]] == [
         "none, the first, with capture",
@@ -338,4 +343,6 @@ def test_a_peer_in_its_own_process_is_measured_in_turn(tmp_path: Path) -> None:
     assert [row["what"].split(":")[0] for row in record["rows"]] == [
         "decode, batch 2",
         "grpo, processor",
+        "grpo, lengths",
+        "grpo, per_sequence",
     ]
