@@ -41,7 +41,9 @@ def prepared_copies(
     def reason(recipe: str) -> str:
         if "fold_" in recipe:
             return "adapters are folded into it"
-        operator = recipe.partition("(")[0]
+        operator, made, _ = recipe.partition("(")
+        if not made:
+            return "it is gathered from all ranks"
         if operator != "concat_rows":
             return f"{operator} makes it"
         if not asked:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import call, ds_config, make, start, train
+from engines import call, ds_config, make, start, train, weights
 from memory_ledger import live_bytes, without_collector
 
 from hybrid_fx.errors import RankError
@@ -73,3 +73,28 @@ def kept_memory_is_seen(rank: int, stage: int) -> None:
     generated, training = _growth(engine, call(rank))
     report = engine.explain()
     assert generated >= training >= report.prepared_bytes + report.kv_bytes > 0
+
+
+def shared_stacks_change_nothing(rank: int, stage: int, *, bf16: bool) -> None:
+    """Tokens and weights are those without; what DeepSpeed lays out itself is copied, and said."""
+    found = []
+    for share in (False, True):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        options = {"share_storage": share}
+        engine = start(ds_config(stage, bf16=bf16, hybrid_fx=options), make(False, dtype))
+        said = []
+        for step in range(3):
+            engine.eval()
+            said.append(engine.generate(**call(rank)).tolist())
+            train(engine, rank, step)
+        engine.eval()
+        said.append(engine.generate(**call(rank)).tolist())
+        report = engine.explain()
+        found.append((said, weights(engine)))
+        assert (report.shared_bytes > 0) == (share and stage == 0)
+        reasons = " ".join({copy.reason for copy in report.copies})
+        expected = ("", "is a view of", "is a view of", "weights are sharded")[stage]
+        assert not share or expected in reasons, reasons
+    (plain, held), (shared, trained) = found
+    assert shared == plain
+    assert all(torch.equal(trained[name], held[name]) for name in held)

@@ -22,3 +22,9 @@ def test_nothing_of_inference_remains_under_any_stage(ranks: Ranks) -> None:
         partial(memory.kept_memory_is_seen, stage=0),
         partial(memory.kept_memory_is_seen, stage=3),
     )
+
+
+@pytest.mark.deep
+def test_stacks_that_share_the_weights_memory_change_nothing_under_any_stage(ranks: Ranks) -> None:
+    cells = itertools.product((0, 1, 2, 3), (False, True))
+    ranks.run(*(partial(memory.shared_stacks_change_nothing, stage=s, bf16=b) for s, b in cells))

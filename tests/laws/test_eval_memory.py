@@ -21,22 +21,25 @@ import hybrid_fx
 
 CALL = prompt((5, 1, 8), 3) | {"max_new_tokens": 12, "pad_token_id": 0}
 
-WIDE = {"hidden_size": 64, "intermediate_size": 256}
 MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: tiny("llama", **WIDE),
-    "qwen2": lambda: tiny("qwen2", **WIDE),
-    "qwen2 bfloat16": lambda: tiny("qwen2", dtype=torch.bfloat16, **WIDE),
-    "opt": lambda: tiny("opt", hidden_size=64, ffn_dim=256),
-    "gpt2": lambda: tiny("gpt2", n_embd=64),
-    "phi3": lambda: tiny("phi3", **WIDE),
-    "lora": lambda: adapted(tiny("llama", **WIDE)),
+    "llama": lambda: tiny("llama"),
+    "qwen2": lambda: tiny("qwen2"),
+    "qwen2 bfloat16": lambda: tiny("qwen2", dtype=torch.bfloat16),
+    "opt": lambda: tiny("opt"),
+    "gpt2": lambda: tiny("gpt2"),
+    "phi3": lambda: tiny("phi3"),
+    "lora": lambda: adapted(tiny("llama")),
 }
+FAST = ("llama", "qwen2 bfloat16", "lora")
 #: Constants, angles and the like: bytes that nobody needs to be told of.
 SMALL = 512
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.deep) for name in MODELS],
+)
 def test_the_memory_beyond_the_weights_is_what_explain_says(name: str, share: bool) -> None:
     model = MODELS[name]()
     with torch.no_grad():
@@ -54,7 +57,7 @@ def test_the_memory_beyond_the_weights_is_what_explain_says(name: str, share: bo
         if share and name != "lora":
             assert report.prepared_bytes < SMALL, "KV alone"
         elif name not in ("gpt2", "phi3"):
-            assert report.prepared_bytes > 50 * SMALL
+            assert report.prepared_bytes > 10 * SMALL
         engine.close()
         assert 0 <= live_bytes() - before < SMALL
 
