@@ -52,27 +52,32 @@ def roll_out(model: Any, work: Work, options: dict[str, Any]) -> Tensor:
     return work.check(model.generate(input_ids=work.ids, attention_mask=mask, **options))
 
 
-def by_batch(model: Any, work: Work, tokens: int) -> list[list[int]]:
-    """By ``generate_batch``, each request with a length of its own; nothing stays."""
+def batch_seconds(model: Any, work: Work, tokens: int, timer: Timer) -> float:
+    """Of continuous batching, each request with a length of its own.
+
+    Its manager is new, so that no prompt is known from an earlier turn; what starting and stopping
+    one takes (a second) is left out.
+    """
     rows = work.ids.tolist()
     positions = work.ids.shape[1] + max(work.lengths)
+    out: list[list[int]] = []
     sizes = (model, len(rows), positions, tokens)
     with peers.BatchSession(*sizes, share=True, **forced.SAMPLING) as session:
-        out = session(rows, work.lengths)
+        seconds = timer(lambda: out.extend(session(rows, work.lengths)))
     if [len(row) for row in out] != work.lengths:
-        raise RuntimeError("generate_batch did not keep the lengths")
-    return out
+        raise RuntimeError("continuous batching did not keep the lengths")
+    return seconds
 
 
-def peer_call(name: str, model: Any, work: Work, args: argparse.Namespace) -> Callable[[], Any]:
+def peer_side(name: str, model: Any, work: Work, args: argparse.Namespace, timer: Timer) -> Seconds:
     """The rollout the way of the peer ``name``."""
-    if name == "generate":
-        return lambda: roll_out(model, work, work.options())
+    if name == "batch":
+        return partial(batch_seconds, model, work, args.batch_tokens, timer)
+    options = work.options()
     if name == "static":
         positions = work.ids.shape[1] + args.longest
-        options = work.options() | peers.static_options(args.device, positions)
-        return lambda: roll_out(model, work, options)
-    return lambda: by_batch(model, work, args.batch_tokens)
+        options |= peers.static_options(args.device, positions)
+    return partial(timer, partial(roll_out, model, work, options))
 
 
 def linear_floor(model: Any, work: Work, timer: Timer) -> float:
@@ -119,9 +124,9 @@ def run(args: argparse.Namespace) -> Result:
     for name in args.peers:
         title, copied = peers.TITLES[name], peers.twin(model)
         try:
-            warm = peer_call(name, copied, work.short(), args)
+            warm = peer_side(name, copied, work.short(), args, timer)
             peers.must_compile(warm) if name == "static" else warm()
-            theirs[title] = partial(timer, peer_call(name, copied, work, args))
+            theirs[title] = peer_side(name, copied, work, args, timer)
         except Exception as error:  # a peer that does not run here is a row that says so
             failed.append({"what": title, "error": f"{type(error).__name__}: {error}"})
     times = in_turn(ours | theirs, args.repeat)
