@@ -52,6 +52,35 @@ def rows_end_when_they_end(rank: int, stage: int) -> None:
     given = call(rank, max_length=10 + rank)
     del given["max_new_tokens"]
     same(engine, given, reference)
+    # A length for each row, of which one rank knows two and the other one.
+    alone = call(rank, eos_token_id=None, pad_token_id=PAD)
+    lengths = [9, 2] if rank % 2 else [5] * len(alone["input_ids"])
+    with plain_linear():
+        whole = reference.generate(**{**alone, "max_new_tokens": max(lengths)})
+    found = engine.generate(**{**alone, "max_new_tokens": lengths})
+    for row, length in enumerate(lengths):
+        assert torch.equal(found[row, : width + length], whole[row, : width + length])
+        assert (found[row, width + length :] == PAD).all()
+    assert not engine.stats.fallbacks
+
+
+def samples_of_a_prompt_share_its_prefill_and_end_apart(rank: int, stage: int) -> None:
+    """Rows are repeated behind the prefill, and leave at other steps on each rank."""
+    engine = started(stage)
+    reference = plain(weights(engine), False)
+    ends = {"eos_token_id": list(range(3, 40)), "pad_token_id": PAD}
+    given = call(rank, max_new_tokens=8, do_sample=True, num_return_sequences=3, top_k=0, **ends)
+    before = engine.stats.tokens["prefill"], engine.stats.tokens["decode"]
+    torch.manual_seed(rank)
+    with plain_linear():
+        expected = reference.generate(**given)
+    torch.manual_seed(rank)
+    found = engine.generate(**given)
+    assert torch.equal(found, expected)
+    width = given["input_ids"].shape[1]
+    ended = (found[:, width:, None] == torch.tensor(ends["eos_token_id"])).any(-1).cumsum(1) > 0
+    assert engine.stats.tokens["prefill"] - before[0] == given["attention_mask"].sum()
+    assert engine.stats.tokens["decode"] - before[1] == (~ended[:, :-1]).sum()
 
 
 def a_rank_without_rows_takes_part(rank: int, stage: int) -> None:

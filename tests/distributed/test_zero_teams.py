@@ -35,6 +35,7 @@ def test_whole_weights_are_generated_from_together(ranks: Ranks) -> None:
     ranks.run(
         at(rows.any_prompts_generate_as_their_rows_alone, 0),
         at(rows.rows_end_when_they_end, 0),
+        at(rows.samples_of_a_prompt_share_its_prefill_and_end_apart, 0),
         at(rows.samples_are_those_of_each_ranks_generator, 1),
         at(errors.other_options_in_a_team_are_refused_by_name, 0),
         at(errors.an_error_on_one_rank_is_one_of_its_team, 0),

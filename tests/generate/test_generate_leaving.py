@@ -32,7 +32,7 @@ from transformers import (
 from transformers.generation import logits_process
 
 from hybrid_fx.generate.decode import closed_up
-from hybrid_fx.generate.staying import PROCESSORS
+from hybrid_fx.generate.staying import PROCESSORS, of_rows
 
 ROWS = prompt((3, 9, 1, 6, 4, 7))
 #: Tokens that end a row: a random model says one of them every few steps.
@@ -211,16 +211,29 @@ def test_a_processor_that_is_said_to_treat_rows_alone_does(name: str) -> None:
 
 @pytest.mark.parametrize("returns", [1, 2])
 def test_a_penalty_that_skips_each_rows_padding_follows_the_rows(returns: int) -> None:
-    skipped = torch.tensor([6, 0, 8, 3, 5, 2]).repeat_interleave(returns)
+    skipped = torch.tensor([9, 0, 9, 0, 9, 0]).repeat_interleave(returns)
 
     def make() -> dict[str, Any]:
         kind = logits_process.RepetitionPenaltyLogitsProcessor
-        penalty = kind(1.9, prompt_ignore_length=skipped.clone())
+        penalty = kind(9.0, prompt_ignore_length=skipped.clone())
         return {"logits_processor": LogitsProcessorList([penalty])}
 
     asked = {"max_new_tokens": 14, "eos_token_id": ENDS, "do_sample": True}
     ran = same_as_hf(shared_model(), **ROWS, **asked, num_return_sequences=returns, make=make)
     assert min(rows_fed(ran)) < 6 * returns
+
+
+def test_a_penalty_of_some_rows_is_theirs_and_the_callers_stays() -> None:
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, VOCAB, (6, 12), generator=draw)
+    scores = torch.randn(6, VOCAB, generator=draw)
+    begins = torch.tensor([6, 0, 8, 3, 5, 2])
+    kind = logits_process.RepetitionPenaltyLogitsProcessor
+    given = LogitsProcessorList([TemperatureLogitsWarper(0.8), kind(1.9, begins)])
+    rows = torch.tensor([5, 2, 1])
+    found = of_rows(given, rows)(ids[rows], scores[rows])
+    assert torch.equal(found, given(ids, scores)[rows])
+    assert given[1].prompt_ignore_length is begins
 
 
 def test_the_last_rows_fill_the_holes_and_the_others_stay() -> None:

@@ -62,6 +62,7 @@ def test_rows_that_differ_in_padding_or_positions_are_not_alike() -> None:
     assert distinct(prompt_columns(ids, mask, None)) == ([0, 1], [0, 1, 0, 1])
     positions = torch.tensor([[0, 1, 2], [0, 1, 2], [1, 2, 3], [0, 1, 2]])
     assert distinct(prompt_columns(ids, None, positions)) == ([0, 2], [0, 0, 1, 0])
+    assert distinct(prompt_columns(ids, mask, torch.arange(3)[None])) == ([0, 1], [0, 1, 0, 1])
     ran = same_as_hf(shared_model(), ids, attention_mask=mask, max_new_tokens=5)
     assert ran.runner.calls[0] == (2, 3, 1)
 

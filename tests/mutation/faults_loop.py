@@ -118,7 +118,7 @@ GROUPS = (
             Fault(
                 "the end of the vocabulary is out of reach",
                 "torch.minimum(target, below), right=True",
-                "target * 0.999, right=True",
+                "target * 0.99, right=True",
             ),
         ),
     ),
