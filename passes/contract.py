@@ -29,6 +29,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "gate_up_stacked": "gate and up of a layer are slices of one linear",
         "mlp_fused": "the MLP of a layer is one operator",
         "add_norms_fused": "a residual sum and the norm that reads it are one operator",
+        "packed": "weights of linear layers are laid out for the kernel that multiplies with them",
         "gathered": "every weight reaches the graph through a gather",
         "streamed": "a layer's own weights are gathered where it runs, one layer ahead",
         "threaded": "attention reads and writes the KV workspace",

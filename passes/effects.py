@@ -23,7 +23,7 @@ VIEWS: frozenset[str] = frozenset(
     "view reshape transpose t permute unsqueeze squeeze expand expand_as getitem split chunk "
     "unbind unflatten flatten select narrow movedim swapaxes view_as contiguous to detach "
     "unfold type_as dropout einsum gather pos given last_tokens select_tokens "
-    "track_gradient exact issue_gather wait_gather".split()
+    "track_gradient exact issue_gather wait_gather pack".split()
 )
 
 #: Of those, the ones that may share memory with any of their arguments, not with the first alone.

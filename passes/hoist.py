@@ -49,7 +49,7 @@ def recipe(node: fx.Node) -> str:
 
 
 def _owned(node: fx.Node) -> bool:
-    """Whether a hoisted value has memory of its own."""
+    """Whether a hoisted value has memory of its own, but for what packing made."""
     while name_of(node) in VIEWS:
         source = node.args[0]
         if not isinstance(source, fx.Node) or dtype_of(node) != dtype_of(source):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packing import packed_linear
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich 2019).
@@ -66,8 +68,8 @@ def gated_mlp(
     kind: str,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` with gate and up as one [2F, E] weight."""
-    gate, up = F.linear(x, gate_up, gate_up_bias).chunk(2, -1)
-    return F.linear(activate(gate, kind).mul_(up), down, down_bias)
+    gate, up = packed_linear(x, gate_up, gate_up_bias).chunk(2, -1)
+    return packed_linear(activate(gate, kind).mul_(up), down, down_bias)
 
 
 def split_gated_mlp(
@@ -81,15 +83,15 @@ def split_gated_mlp(
     kind: str,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` with gate and up as weights of their own, [F, E] each."""
-    gated = activate(F.linear(x, gate, gate_bias), kind)
-    return F.linear(gated.mul_(F.linear(x, up, up_bias)), down, down_bias)
+    gated = activate(packed_linear(x, gate, gate_bias), kind)
+    return packed_linear(gated.mul_(packed_linear(x, up, up_bias)), down, down_bias)
 
 
 def plain_mlp(
     x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, kind: str
 ) -> Tensor:
     """``down(act(up(x)))``: up [F, E], down [E, F]."""
-    return F.linear(activate(F.linear(x, up, up_bias), kind), down, down_bias)
+    return packed_linear(activate(packed_linear(x, up, up_bias), kind), down, down_bias)
 
 
 def gather(weight: Tensor) -> Tensor:

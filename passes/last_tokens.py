@@ -39,7 +39,7 @@ def _each_alone(node: fx.Node) -> bool:
 def projection(node: object) -> fx.Node | None:
     """The linear that gives the logits, where nothing but the output sees what it gives."""
     while isinstance(node, fx.Node) and len(node.users) == 1:
-        if name_of(node) == "linear":
+        if name_of(node) in ("linear", "packed_linear"):
             source = node.args[0]
             tokens = len(shape_of(source) or ()) == 3 and name_of(source) not in ATTENTION
             return node if tokens else None

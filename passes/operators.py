@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import attention, collectives, kernels
+from . import attention, collectives, kernels, packing
 
 # Python operators serve tensors and symbolic sizes alike.
 _PYTHON = (
@@ -70,6 +70,7 @@ def _build() -> dict[str, Callable[..., Any]]:
     for module, names in (
         (collectives, "all_reduce all_gather"),
         (attention, "attend attend_one attend_as_configured"),
+        (packing, "pack packed_linear"),
         (
             kernels,
             "rms_norm add_rms_norm add_layer_norm gated_mlp split_gated_mlp plain_mlp gather "

@@ -15,6 +15,7 @@ from .fuse_mlp import FUSE_MLP
 from .fuse_norm import FUSE_ADD_NORM, FUSE_RMS_NORM
 from .gather import GATHER_WEIGHTS
 from .last_tokens import KEEP_LAST_TOKENS, KEEP_SELECTED_TOKENS
+from .pack_weights import PACK_WEIGHTS
 from .shard_tp import SHARD_TP
 from .stream import STREAM_GATHERS
 from .take_embeds import TAKE_EMBEDS
@@ -32,6 +33,9 @@ OPTIONAL = Pipeline(
     given=_CANONICAL,
 )
 
+#: Lays weights out for the device; behind the other passes over layers, which look for a linear.
+PACK = Pipeline((PACK_WEIGHTS,), given=_CANONICAL)
+
 #: Puts a gather behind every weight; hoisting follows it.
 STAGE = Pipeline((GATHER_WEIGHTS,), given=_CANONICAL)
 
@@ -39,7 +43,7 @@ STAGE = Pipeline((GATHER_WEIGHTS,), given=_CANONICAL)
 STREAM = Pipeline((STREAM_GATHERS,), given=_CANONICAL | {"gathered"})
 
 #: Passes that make new weights of a layer's, which pays where that happens once.
-PACKING = frozenset({"fold_lora", "concat_qkv", "concat_gate_up"})
+PACKING = frozenset({"fold_lora", "concat_qkv", "concat_gate_up", "pack_weights"})
 
 #: What makes the body a prefill and a decode graph.
 PREFILL = Pipeline((THREAD_KV_PREFILL, KEEP_LAST_TOKENS, TAKE_EMBEDS), given=_CANONICAL)
@@ -48,7 +52,7 @@ DECODE = Pipeline((THREAD_KV_DECODE, KEEP_LAST_TOKENS), given=_CANONICAL)
 #: What makes a canonical graph, captured for training, one that trains as its model does.
 TRAIN = Pipeline((THREAD_MASKS, KEEP_SELECTED_TOKENS), given=_CANONICAL)
 
-_PARTS = (NORMALIZE, OPTIONAL, STAGE, STREAM, PREFILL, DECODE, TRAIN)
+_PARTS = (NORMALIZE, OPTIONAL, PACK, STAGE, STREAM, PREFILL, DECODE, TRAIN)
 
 #: Every pass of the library by its name.
 PASSES: Mapping[str, Pass] = MappingProxyType({one.name: one for part in _PARTS for one in part})

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hybrid_fx.passes.packing import packed_bytes
+
 
 def live_bytes() -> int:
     """Bytes that the storages of this process's tensors cover, each once.
@@ -21,19 +23,22 @@ def live_bytes() -> int:
     What a tensor keeps alive around its own storage is not seen.
     """
     spans: set[tuple[int, int]] = set()
+    opaque: dict[int, int] = {}
     for value in gc.get_objects():
         # By the type itself: isinstance() asks objects that answer with warnings.
         kind = type(value)
         if not issubclass(kind, Tensor) or issubclass(kind, FakeTensor):
             continue
-        if not value.is_meta and value.layout == torch.strided:
+        if value.layout == torch._mkldnn:
+            opaque[torch.ops.mkldnn.data_ptr(value)] = packed_bytes(value)
+        elif not value.is_meta and value.layout == torch.strided:
             storage = value.untyped_storage()
             spans.add((storage.data_ptr(), storage.nbytes()))
     covered = end = 0
     for start, size in sorted(spans):
         covered += max(0, start + size - max(start, end))
         end = max(end, start + size)
-    return covered
+    return covered + sum(opaque.values())
 
 
 @contextmanager

@@ -44,6 +44,8 @@ def prepared_copies(
         operator, made, _ = recipe.partition("(")
         if not made:
             return "it is gathered from all ranks"
+        if operator == "pack":
+            return "packed for the kernels of the device"
         if operator != "concat_rows":
             return f"{operator} makes it"
         if not asked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..passes.contract import Pass, Pipeline, PipelineError
-from ..passes.pipeline import OPTIONAL, PACKING
+from ..passes.pipeline import OPTIONAL, PACK, PACKING
 from ..passes.policies import POLICIES
 from ..passes.roles import Policy
 
@@ -13,7 +13,7 @@ from ..passes.roles import Policy
 def optional_passes(config: HybridConfig, *, stream: bool = False) -> Pipeline:
     """The passes over layers: the library's and the user's, less those switched off.
 
-    A pass of the user's runs as late as its contract allows.
+    A pass of the user's runs as late as its contract allows, before weights are packed.
 
     Args:
         stream: Layers gather their weights while they run: nothing is made of those.
@@ -24,11 +24,13 @@ def optional_passes(config: HybridConfig, *, stream: bool = False) -> Pipeline:
     """
     off = {*config.disable_passes, *(["fold_lora"] if config.lora == "side" else [])}
     off |= PACKING if stream else frozenset()
+    if config.graph == "inductor":
+        off.add("pack_weights")  # it takes no opaque tensors
     try:
         pipeline = OPTIONAL
         for one in config.passes:
             pipeline = pipeline.insert(_usable(one))
-        return pipeline.without(off)
+        return (pipeline + PACK).without(off)
     except PipelineError as error:
         raise ConfigError(str(error)) from error
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..passes.packing import packed_bytes, refill
 from ..plan.records import Prepared
 from .shared_rows import SharedRows
 
@@ -59,14 +60,16 @@ class PreparedTensors:
     @property
     def nbytes(self) -> int:
         """Bytes held beside the model's own weights."""
-        kept = (tensor.untyped_storage() for tensor in self._kept if tensor is not None)
-        return sum({storage._cdata: storage.nbytes() for storage in kept}.values())
+        kept = [tensor for tensor in self._kept if tensor is not None]
+        packed = sum(packed_bytes(tensor) for tensor in kept if tensor.is_mkldnn)
+        storages = (tensor.untyped_storage() for tensor in kept if not tensor.is_mkldnn)
+        return packed + sum({s._cdata: s.nbytes() for s in storages}.values())
 
     @property
     def copies(self) -> list[tuple[Prepared, int]]:
         """The tensors that have memory of their own, with its bytes."""
         return [
-            (wanted, kept.nbytes)
+            (wanted, packed_bytes(kept) if kept.is_mkldnn else kept.nbytes)
             for wanted, kept in zip(self._wanted, self._kept, strict=True)
             if kept is not None
         ]
@@ -75,7 +78,8 @@ class PreparedTensors:
     def shared_nbytes(self) -> int:
         """Bytes of the weights that are read as the stacks in which they lie."""
         rows = self._rows
-        return sum(t.nbytes for t in self.tensors if rows is not None and rows.lent(t))
+        plain = [t for t in self.tensors if not t.is_mkldnn]
+        return sum(t.nbytes for t in plain if rows is not None and rows.lent(t))
 
     def begin(self) -> None:
         """Start a new version: nothing is valid until every tensor was stored."""
@@ -85,7 +89,9 @@ class PreparedTensors:
     def store(self, index: int, value: Tensor) -> None:
         """Take tensor ``index`` of the new version."""
         value = value.detach()
-        if self._owned(index, value):
+        if value.is_mkldnn:
+            value = self._kept[index] = self._packed(index, value)
+        elif self._owned(index, value):
             kept = self._kept[index]
             fits = (
                 kept is not None
@@ -102,6 +108,11 @@ class PreparedTensors:
         else:
             self._kept[index] = None  # what was ours is not held beside what is lent
         self._next[index] = value
+
+    def _packed(self, index: int, value: Tensor) -> Tensor:
+        """A packed weight in the memory that the last version left, where it fits."""
+        kept = self._kept[index]
+        return kept if kept is not None and refill(kept, value) else value
 
     def _owned(self, index: int, value: Tensor) -> bool:
         if self._rows is not None and self._rows.lent(value):

@@ -14,6 +14,7 @@ from ..errors import EngineClosedError, InputError
 from ..passes.collectives import Group
 from ..passes.layers import layer_of
 from ..passes.operators import OPERATORS
+from ..passes.packing import packs
 from ..plan.plan import Plan, load_functions
 from .lowering import Lowering, is_weight
 from .prepared import Gather, Measured, PreparedTensors
@@ -106,7 +107,9 @@ class PlanRunner:
         kept: dict[str, int] = {}
         folded = 0
         for tensor in self.plan.manifest.prepared:
-            if tensor.owns_memory or self._gather is not None:
+            packed = tensor.recipe.startswith("pack(")
+            packed &= packs(self.device, getattr(torch, tensor.dtype))
+            if tensor.owns_memory or packed or self._gather is not None:
                 count = math.prod(tensor.shape)
                 layer = layer_of(tensor.name) or tensor.name
                 size = count * getattr(torch, tensor.dtype).itemsize

@@ -360,11 +360,13 @@ def test_a_replaced_tensor_raises_the_version(net: Net, tracker: WeightTracker, 
 def test_data_assignments_that_return_the_pointer_are_all_seen() -> None:
     layer = nn.Linear(300, 300)
     tracker, weight, same_pointer = WeightTracker(layer), layer.weight, 0
-    for _ in range(50):
+    for number in range(90):
+        size = (300, 100, 30)[number % 3]  # whether memory comes back depends on its size
+        weight.data = torch.ones(size, size)
         pointer, version = weight.data_ptr(), weight._version
         before = tracker.refresh()
         weight.data = torch.empty(0)  # frees the memory,
-        weight.data = torch.ones(300, 300)  # which is given out again
+        weight.data = torch.ones(size, size)  # which is given out again
         same_pointer += (weight.data_ptr(), weight._version) == (pointer, version)
         assert tracker.refresh() == before + 1
     assert same_pointer > 0, "no pointer came back: the test shows nothing"

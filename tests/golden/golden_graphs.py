@@ -51,7 +51,7 @@ def _llama_lora() -> Plan:
 
 def _gpt2() -> Plan:
     graph = normalize(capture(tiny("gpt2")).graph)
-    return build_plan(graph, model="gpt2", vocab_size=VOCAB)
+    return build_plan(graph, model="gpt2", vocab_size=VOCAB, passes=optional_passes(HybridConfig()))
 
 
 def _streamed() -> Plan:

@@ -35,18 +35,26 @@ FAST = ("llama", "qwen2 bfloat16", "lora")
 SMALL = 512
 
 
-@pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
+#: Options that say where weights lie while the engine generates.
+WHERE = {
+    "packed": {},
+    "copied": {"disable_passes": ("pack_weights",)},
+    "shared": {"disable_passes": ("pack_weights",), "share_storage": True},
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize(
     "name",
     [name if name in FAST else pytest.param(name, marks=pytest.mark.deep) for name in MODELS],
 )
-def test_the_memory_beyond_the_weights_is_what_explain_says(name: str, share: bool) -> None:
+def test_the_memory_beyond_the_weights_is_what_explain_says(name: str, where: str) -> None:
     model = MODELS[name]()
     with torch.no_grad():
         model(CALL["input_ids"])  # what the model itself keeps from its first forward
     with without_collector():
         before = live_bytes()
-        engine = hybrid_fx.hybridize(model, share_storage=share, lora="fold")
+        engine = hybrid_fx.hybridize(model, lora="fold", **WHERE[where])
         engine.generate(**CALL)
     with without_collector():
         held = live_bytes() - before
@@ -54,9 +62,9 @@ def test_the_memory_beyond_the_weights_is_what_explain_says(name: str, share: bo
         assert report.kv_bytes > 0
         assert report.eval_bytes == report.kv_bytes + report.prepared_bytes
         assert 0 <= held - report.eval_bytes < SMALL
-        if share and name != "lora":
+        if where == "shared" and name != "lora":
             assert report.prepared_bytes < SMALL, "KV alone"
-        elif name not in ("gpt2", "phi3"):
+        elif where == "packed" or name not in ("gpt2", "phi3"):
             assert report.prepared_bytes > 10 * SMALL
         engine.close()
         assert 0 <= live_bytes() - before < SMALL
@@ -78,7 +86,9 @@ def resident():
     return int(fields["VmRSS"].split()[0]) * 1024
 
 def generate(model, share):
-    engine = hybrid_fx.hybridize(model, share_storage=share, disk_cache=False)
+    engine = hybrid_fx.hybridize(
+        model, share_storage=share, disk_cache=False, disable_passes=("pack_weights",)
+    )
     engine.generate(**call)
     return engine
 

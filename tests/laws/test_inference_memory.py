@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from laws.against_hf import hf_generate
 from tiny_models import prompt, reweigh, tiny
 
@@ -13,11 +14,15 @@ import hybrid_fx
 CALL = prompt((4, 1, 7), 6) | {"max_new_tokens": 12}
 
 
+def address(tensor: torch.Tensor) -> int:
+    return torch.ops.mkldnn.data_ptr(tensor) if tensor.is_mkldnn else tensor.data_ptr()
+
+
 def pointers(engine: Any) -> tuple[list[int], list[int]]:
     """Addresses of the prepared tensors that own memory, and of the KV workspace."""
     runner = engine._graphs.runner
     wanted = zip(runner.plan.manifest.prepared, runner.prepared.tensors, strict=True)
-    owned = [tensor.data_ptr() for p, tensor in wanted if p.owns_memory]
+    owned = [address(tensor) for p, tensor in wanted if p.owns_memory or tensor.is_mkldnn]
     return owned, [t.data_ptr() for t in (*runner.workspace.keys, *runner.workspace.values)]
 
 

@@ -230,13 +230,13 @@ GROUPS = (
         (
             Fault(
                 "gate and up are swapped",
-                "gate, up = F.linear(x, gate_up",
-                "up, gate = F.linear(x, gate_up",
+                "gate, up = packed_linear(x, gate_up",
+                "up, gate = packed_linear(x, gate_up",
             ),
             Fault(
                 "the bias of the down projection is dropped",
-                "return F.linear(activate(F.linear(x, up, up_bias), kind), down, down_bias)",
-                "return F.linear(activate(F.linear(x, up, up_bias), kind), down)",
+                "(activate(packed_linear(x, up, up_bias), kind), down, down_bias)",
+                "(activate(packed_linear(x, up, up_bias), kind), down, None)",
             ),
             Fault(
                 "the exact GELU stands for its tanh form",

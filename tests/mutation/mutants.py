@@ -7,6 +7,7 @@ import faults_engine
 import faults_fusions
 import faults_loop
 import faults_lora
+import faults_packing
 import faults_ranks
 import faults_runtime
 import faults_spelling
@@ -21,6 +22,7 @@ MUTANTS: list[Mutant] = mutants_of(
         *faults_spelling.GROUPS,
         *faults_lora.GROUPS,
         *faults_fusions.GROUPS,
+        *faults_packing.GROUPS,
         *faults_staging.GROUPS,
         *faults_attention.GROUPS,
         *faults_tools.GROUPS,

@@ -26,6 +26,7 @@ from hybrid_fx.passes.pipeline import (
     DECODE,
     NORMALIZE,
     OPTIONAL,
+    PACK,
     PASSES,
     PREFILL,
     STAGE,
@@ -176,7 +177,7 @@ def test_pipelines_and_passes_are_frozen_and_compare_by_value() -> None:
 
 def test_the_whole_pipeline_fits_together_and_its_order_matters() -> None:
     for last, absent in ((PREFILL, set()), (DECODE, {"takes_embeds"})):
-        whole = NORMALIZE + OPTIONAL + STAGE + last
+        whole = NORMALIZE + OPTIONAL + PACK + STAGE + last
         assert whole.given == frozenset()
         assert whole.facts | TRAIN.facts | STREAM.facts == set(FACTS) - absent
     rng = random.Random(0)

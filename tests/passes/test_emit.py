@@ -46,7 +46,7 @@ def _prefilled(plan: Plan, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         functions["prepare"]["prepare"](ordered, prepared)
         prepared.finish()
         memory = [
-            [torch.zeros(rows * length, kv.kv_heads, size) for kv in plan.manifest.kv]
+            [torch.zeros(rows, kv.kv_heads, length, size) for kv in plan.manifest.kv]
             for size in (plan.manifest.kv[0].head_size, plan.manifest.kv[0].value_head_size)
         ]
         slots = torch.arange(rows * length).reshape(rows, length)

@@ -34,6 +34,7 @@ READS = {
     "fuse_mlp": ("mlp",),
     "fuse_add_norm": ("norm", "residual"),
     "shard_tp": ("attention",),  # one rank, which cuts nothing
+    "pack_weights": ("joined", "mlp"),
     "gather_weights": PIECES,
     "stream_gathers": PIECES,
     "thread_kv_prefill": ("attention",),

@@ -18,6 +18,10 @@ def wanted(count, owns=True):
     )
 
 
+def address(tensor):
+    return torch.ops.mkldnn.data_ptr(tensor) if tensor.is_mkldnn else tensor.data_ptr()
+
+
 def filled(held, values):
     held.begin()
     for index, value in enumerate(values):
@@ -196,7 +200,7 @@ def test_memory_is_kept_over_switches_and_given_back_where_asked():
             engine.generate(**CALL)
             graphs = engine._graphs
             addresses.append([t.data_ptr() for t in graphs.runner.workspace.keys])
-            addresses[-1] += [t.data_ptr() for t in graphs.runner.prepared.tensors]
+            addresses[-1] += [address(t) for t in graphs.runner.prepared.tensors]
             said = engine.explain() if not release else None
             if said is not None:
                 keys = graphs.runner.workspace

@@ -1,0 +1,52 @@
+"""Mistakes in packing: which weights, which memory, which product."""
+
+from __future__ import annotations
+
+from mutant import Fault, Group
+
+_PACKING = ("tests/passes/test_pack_weights.py",)
+_PREPARED = ("tests/runtime/test_prepared_tensors.py",)
+
+GROUPS = (
+    Group(
+        "pack_weights",
+        "passes/pack_weights.py",
+        _PACKING,
+        (
+            Fault("a weight is packed once a reader", "if weight not in packed:", "if True:"),
+            Fault(
+                "the second weight of a fused MLP is forgotten",
+                '"gated_mlp": (1, 3)',
+                '"gated_mlp": (1,)',
+            ),
+            Fault("a weight that is written is packed", " or weight in written:", ":"),
+            Fault("a second run packs again", 'return name_of(weight) != "pack" and ', "return "),
+        ),
+    ),
+    Group(
+        "packing",
+        "passes/packing.py",
+        _PACKING,
+        (
+            Fault("the bias is dropped", '(x, weight, bias, "none"', '(x, weight, None, "none"'),
+            Fault(
+                "any packed weight takes the memory of any other",
+                "kept.is_mkldnn and kept.shape == new.shape and kept.dtype == new.dtype",
+                "kept.is_mkldnn and kept.dtype == new.dtype",
+            ),
+            Fault("double precision is packed in single", "dtype in _DTYPES", "bool(dtype)"),
+        ),
+    ),
+    Group(
+        "prepared tensors",
+        "hybrid_fx/runtime/prepared.py",
+        _PREPARED,
+        (
+            Fault(
+                "packed memory is returned and taken anew",
+                "self._kept[index] = self._packed(index, value)",
+                "self._kept[index] = value",
+            ),
+        ),
+    ),
+)

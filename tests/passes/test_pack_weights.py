@@ -1,0 +1,151 @@
+"""pack_weights: every product with a weight reads a packed one, and gives what it gave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import VOCAB, tiny
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hybrid_fx.capture import capture
+from hybrid_fx.passes.contract import Context
+from hybrid_fx.passes.driver import run_passes
+from hybrid_fx.passes.graph import call, calls, name_of
+from hybrid_fx.passes.packing import pack, packed_bytes, packed_linear, packs, refill
+from hybrid_fx.passes.pipeline import OPTIONAL, PACK, STAGE
+from hybrid_fx.plan.build import build_plan, normalize
+
+needs_onednn = pytest.mark.skipif(
+    not packs(torch.device("cpu"), torch.float32), reason="needs a torch built with oneDNN"
+)
+
+
+def packed(kind: str, **options: object) -> fx.Graph:
+    graph = normalize(capture(tiny(kind, **options)).graph)
+    run_passes(graph, PACK, Context())
+    return graph
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "opt", "phi3"])
+def test_every_product_of_tokens_reads_a_packed_weight(kind: str) -> None:
+    graph = packed(kind)
+    assert not calls(graph, "linear")
+    products = calls(graph, "packed_linear")
+    assert len(products) > 4
+    assert all(name_of(node.args[1]) == "pack" for node in products)
+    again = run_passes(graph, PACK, Context())
+    assert [record.result.count for record in again] == [0]
+
+
+def test_a_tied_weight_is_packed_for_the_head_and_not_for_the_embedding() -> None:
+    graph = packed("llama", tie_word_embeddings=True)
+    (table,) = {node.args[1] for node in calls(graph, "embedding")}
+    head = next(n for n in reversed(graph.nodes) if name_of(n) == "packed_linear")
+    assert head.args[1].args[0] is table
+
+
+def test_a_weight_that_two_products_read_is_packed_once() -> None:
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    x.meta |= {"path": "", "input": "x", "val": torch.empty(2, 3, 4)}
+    weight.meta |= {"path": "", "weight": "weight", "val": torch.empty(4, 4)}
+    linear = torch._C._nn.linear
+    first = graph.call_function(linear, (x, weight, None))
+    second = graph.call_function(linear, (first, weight, None))
+    for node in (first, second):
+        node.meta |= {"path": "", "val": torch.empty(2, 3, 4)}
+    graph.output(second)
+    run_passes(graph, PACK, Context())
+    assert len(calls(graph, "pack")) == 1
+    assert len(calls(graph, "packed_linear")) == 2
+
+
+def test_an_operator_of_two_products_takes_two_packed_weights_once() -> None:
+    graph = fx.Graph()
+    x, up, down = (graph.placeholder(name) for name in ("x", "up", "down"))
+    with FakeTensorMode():
+        x.meta |= {"path": "", "input": "x", "val": torch.empty(2, 3, 4)}
+        for node, shape in ((up, (8, 4)), (down, (4, 8))):
+            node.meta |= {"path": "", "weight": node.name, "val": torch.empty(shape)}
+    mlp = call(graph, "plain_mlp", x, up, None, down, None, "relu", path="")
+    graph.output(mlp)
+    counts = [run_passes(graph, PACK, Context())[0].result.count for _ in range(2)]
+    assert counts == [1, 0]
+    assert [name_of(mlp.args[place]) for place in (1, 3)] == ["pack", "pack"]
+
+
+def test_a_weight_that_the_graph_writes_is_not_packed() -> None:
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    x.meta |= {"path": "", "input": "x", "val": torch.empty(2, 3, 4)}
+    weight.meta |= {"path": "", "weight": "weight", "val": torch.empty(4, 4)}
+    product = graph.call_function(torch._C._nn.linear, (x, weight, None))
+    written = graph.call_function(torch.Tensor.add_, (weight, 1))
+    for node, shape in ((product, (2, 3, 4)), (written, (4, 4))):
+        node.meta |= {"path": "", "val": torch.empty(shape)}
+    graph.output(product)
+    run_passes(graph, PACK, Context())
+    assert not calls(graph, "pack")
+
+
+def test_operators_of_several_products_take_packed_weights() -> None:
+    graph = normalize(capture(tiny("llama")).graph)
+    plan = build_plan(graph, model="m", vocab_size=VOCAB, fusions="all", passes=OPTIONAL + PACK)
+    for prepared in plan.manifest.prepared:
+        assert prepared.recipe.startswith("pack(") == (
+            len(prepared.shape) == 2 and "embed" not in prepared.name
+        )
+    assert (OPTIONAL + PACK + STAGE).facts >= {"packed", "gathered"}
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 5), (33, 1), (0, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_with_a_packed_weight_is_the_product(
+    dtype: torch.dtype, shape: tuple[int, int], bias: bool
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(37, 24, generator=rng).to(dtype)
+    x = torch.randn(*shape, 48, generator=rng).to(dtype)[..., ::2]
+    b = torch.randn(37, generator=rng).to(dtype) if bias else None
+    wanted = torch.nn.functional.linear(
+        *(None if t is None else t.double() for t in (x, weight, b))
+    )
+    inside = pack(weight)
+    assert inside.is_mkldnn
+    found = packed_linear(x, inside, b)
+    assert found.dtype == dtype
+    scale = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), wanted, rtol=scale, atol=scale)
+    plain = packed_linear(x, weight, b)
+    torch.testing.assert_close(plain.double(), wanted, rtol=scale, atol=scale)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(3, 4, dtype=torch.float64),
+        torch.ones(3, 4, dtype=torch.float16),
+        torch.ones(0, 4),
+        torch.ones(3, 4, device="meta"),
+    ],
+    ids=["float64", "float16", "empty", "another device"],
+)
+def test_what_has_no_other_layout_stays_as_it_is(weight: torch.Tensor) -> None:
+    assert pack(weight) is weight
+
+
+@needs_onednn
+def test_packed_memory_is_refilled_where_it_fits() -> None:
+    kept, new = pack(torch.zeros(32, 16)), pack(torch.ones(32, 16))
+    address = torch.ops.mkldnn.data_ptr(kept)
+    assert refill(kept, new)
+    assert torch.ops.mkldnn.data_ptr(kept) == address
+    x = torch.randn(2, 1, 16)
+    assert torch.equal(packed_linear(x, kept, None), packed_linear(x, new, None))
+    assert packed_bytes(kept) >= 32 * 16 * 4
+    for other in (torch.ones(16, 32), torch.ones(32, 16, dtype=torch.bfloat16)):
+        assert not refill(kept, pack(other))
+    assert not refill(torch.zeros(32, 16), new)
