@@ -12,12 +12,17 @@ E inputs, F outputs.
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 #: What oneDNN reorders, where its layout was measured to pay.
 _DTYPES = (torch.bfloat16, torch.float32)
+
+#: The largest block of a layout, along either side.
+_BLOCK = 64
 
 #: Rows that a layout is made for. Those of 8 to 64 perform alike; that of 1 is bad for more.
 _ROWS = 16
@@ -45,6 +50,11 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
+
+
+def most_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """The most that a packed weight of this shape takes: oneDNN fills its blocks up."""
+    return math.prod(-(-size // _BLOCK) * _BLOCK for size in shape) * dtype.itemsize
 
 
 def packed_bytes(weight: Tensor) -> int:

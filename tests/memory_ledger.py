@@ -30,7 +30,7 @@ def live_bytes() -> int:
         if not issubclass(kind, Tensor) or issubclass(kind, FakeTensor):
             continue
         if value.layout == torch._mkldnn:
-            opaque[torch.ops.mkldnn.data_ptr(value)] = packed_bytes(value)
+            opaque[address(value)] = packed_bytes(value)
         elif not value.is_meta and value.layout == torch.strided:
             storage = value.untyped_storage()
             spans.add((storage.data_ptr(), storage.nbytes()))
@@ -39,6 +39,11 @@ def live_bytes() -> int:
         covered += max(0, start + size - max(start, end))
         end = max(end, start + size)
     return covered + sum(opaque.values())
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor lies, packed or not."""
+    return int(torch.ops.mkldnn.data_ptr(tensor) if tensor.is_mkldnn else tensor.data_ptr())
 
 
 @contextmanager

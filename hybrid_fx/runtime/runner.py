@@ -14,7 +14,7 @@ from ..errors import EngineClosedError, InputError
 from ..passes.collectives import Group
 from ..passes.layers import layer_of
 from ..passes.operators import OPERATORS
-from ..passes.packing import packs
+from ..passes.packing import most_bytes, packs
 from ..plan.plan import Plan, load_functions
 from .lowering import Lowering, is_weight
 from .prepared import Gather, Measured, PreparedTensors
@@ -107,12 +107,12 @@ class PlanRunner:
         kept: dict[str, int] = {}
         folded = 0
         for tensor in self.plan.manifest.prepared:
-            packed = tensor.recipe.startswith("pack(")
-            packed &= packs(self.device, getattr(torch, tensor.dtype))
+            dtype = getattr(torch, tensor.dtype)
+            packed = tensor.recipe.startswith("pack(") and packs(self.device, dtype)
             if tensor.owns_memory or packed or self._gather is not None:
                 count = math.prod(tensor.shape)
                 layer = layer_of(tensor.name) or tensor.name
-                size = count * getattr(torch, tensor.dtype).itemsize
+                size = most_bytes(tensor.shape, dtype) if packed else count * dtype.itemsize
                 kept[layer] = kept.get(layer, 0) + size
                 if "fold_" in tensor.recipe:
                     folded = max(folded, 8 * count)

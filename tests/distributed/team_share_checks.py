@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from engines import call, hf_tokens, make, start, train, weights
+from memory_ledger import address
 from teams import same, started, team_config
 from tiny_models import adapted, tiny
 
@@ -52,11 +53,11 @@ def a_rank_keeps_its_share_alone(rank: int, stage: int) -> None:
     )
     assert total * 2 == matrices
     before = runner.prepared.nbytes
-    addresses = [t.data_ptr() for t in runner.prepared.tensors]
+    addresses = [address(t) for t in runner.prepared.tensors]
     train(engine, rank)
     engine.generate(**call(rank))
     assert runner.prepared.nbytes == before
-    assert [t.data_ptr() for t in runner.prepared.tensors] == addresses
+    assert [address(t) for t in runner.prepared.tensors] == addresses
     assert runner.workspace.keys[0].shape[1] == 1
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from laws.against_hf import hf_generate
+from memory_ledger import address
 from tiny_models import prompt, reweigh, tiny
 
 import hybrid_fx
 
 CALL = prompt((4, 1, 7), 6) | {"max_new_tokens": 12}
-
-
-def address(tensor: torch.Tensor) -> int:
-    return torch.ops.mkldnn.data_ptr(tensor) if tensor.is_mkldnn else tensor.data_ptr()
 
 
 def pointers(engine: Any) -> tuple[list[int], list[int]]:

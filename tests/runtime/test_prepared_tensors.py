@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from memory_ledger import address
 from tiny_models import adapted, prompt, randomize_adapters, reweigh, tiny
 
 import hybrid_fx
@@ -16,10 +17,6 @@ def wanted(count, owns=True):
         Prepared(name=f"t{i}", recipe="", shape=(2, 3), dtype="float32", owns_memory=owns)
         for i in range(count)
     )
-
-
-def address(tensor):
-    return torch.ops.mkldnn.data_ptr(tensor) if tensor.is_mkldnn else tensor.data_ptr()
 
 
 def filled(held, values):
