@@ -44,7 +44,8 @@ class HybridConfig:
         verify_weights: ``"checksum"`` also compares a checksum of every parameter before each
             generate, which finds writes through ``.data`` or numpy (about 60 ms per GB).
         strict: Raise where a layer cannot be rewritten or a call leaves the rewritten graphs.
-        graph: How a layer function runs: ``"eager"`` as generated, or lowered by ``"inductor"``.
+        graph: How a layer function runs: ``"eager"`` as generated, or lowered by ``"inductor"``,
+            which takes no packed weights.
         sampling: Which random numbers a sampling ``generate`` draws. ``"hf"``: those that
             transformers draws under the same seed, one for each token of the vocabulary, in each
             row and step. ``"per_sequence"``: each sequence has a stream of its own, made from its
@@ -69,6 +70,8 @@ class HybridConfig:
             before you capture CUDA graphs of your own, or keep a tensor on a parameter's memory.
             What cannot be laid out (tied or shared memory, views such as DeepSpeed's, sharded or
             quantized weights, folded adapters) is copied, and ``explain()`` says what and why.
+            On a CPU, packed weights are copies all the same: with
+            ``disable_passes=("pack_weights",)``, generating holds the KV alone.
         passes: Passes of your own, :class:`hybrid_fx.passes.Pass`; each runs as late as its
             contract allows, in the graphs that generate. They may add any operator of the table.
         policies: Decoder families of your own, :class:`hybrid_fx.passes.Policy`; tried before

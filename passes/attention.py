@@ -181,7 +181,7 @@ def attend_one(
     """:func:`attend` for one new token a row (T = 1): no causal mask, only the window is read.
 
     Heads of one key-value group stand as queries of one head, so that keys and values are read
-    once, where they lie: for a single query, SDPA is several times slower on a CPU.
+    once, where they lie. A CPU's SDPA is several times slower for one query of each head.
     """
     _write(key_memory, key, slots, pitch)
     _write(value_memory, value, slots, pitch)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..runtime import PlanRunner
 from .iteration import readable_bytes
 
+_PACK = "pack("
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -38,14 +39,16 @@ def prepared_copies(
         refused: Recipe to why it could not; ``None`` where the memory is not ours to lay out.
     """
 
-    def reason(recipe: str) -> str:
+    def reason(recipe: str, packed: bool) -> str:
+        if packed:
+            return "packed for the kernels of the device"
+        if recipe.startswith(_PACK):  # which has no other layout there
+            recipe = recipe.removeprefix(_PACK).removesuffix(")")
         if "fold_" in recipe:
             return "adapters are folded into it"
         operator, made, _ = recipe.partition("(")
         if not made:
             return "it is gathered from all ranks"
-        if operator == "pack":
-            return "packed for the kernels of the device"
         if operator != "concat_rows":
             return f"{operator} makes it"
         if not asked:
@@ -55,8 +58,8 @@ def prepared_copies(
         return refused.get(recipe, "it is not made of parameters as they are")
 
     return tuple(
-        PreparedCopy(tensor.name, nbytes, reason(tensor.recipe))
-        for tensor, nbytes in runner.prepared.copies
+        PreparedCopy(tensor.name, nbytes, reason(tensor.recipe, packed))
+        for tensor, nbytes, packed in runner.prepared.copies
     )
 
 

@@ -278,7 +278,7 @@ class ModelGraphs:
         if wrong is None and found[0].difference:
             wrong = found[0].difference
         if (wrong := self._team.shared(wrong)) is None and found[0].settled:
-            self._proven = self.runner
+            self._proven, runner.rows_apart = runner, found[0].rows_apart
         return wrong
 
     def _choose_side(self, tensors: dict[str, Tensor]) -> None:

@@ -122,6 +122,13 @@ def build_explanation(
             f"{readable_bytes(runner.streamed_bytes)} of them at once; nothing is stacked, and "
             "adapters run as low-rank branches"
         )
+    if config.graph == "inductor":
+        notes.append('graph="inductor": weights are not packed, as it takes no opaque tensors')
+    if runner is not None and not graphs.failure and not runner.rows_apart:
+        notes.append(
+            "a row's logits depend on the rows beside it: rows that have finished stay in the "
+            "batch, and prompts that are alike are each computed"
+        )
     if config.lora == "side":
         notes.append('lora="side": adapters run as low-rank branches')
     rows = () if runner is None else runner.plan.manifest.layers

@@ -23,13 +23,18 @@ from .staying import may_leave, of_rows
 
 @dataclass(frozen=True)
 class Settings:
-    """What HF resolved: processors and criteria are its own callables on ``(ids, scores)``."""
+    """What HF resolved: processors and criteria are its own callables on ``(ids, scores)``.
+
+    Attributes:
+        rows_apart: Whether a row may be computed without those that have finished.
+    """
 
     process: Callable[[Tensor, Tensor], Tensor]
     stop: Any
     config: Any
     choose: Choose
     streamer: Any = None
+    rows_apart: bool = False
 
 
 @dataclass
@@ -86,6 +91,7 @@ def decode(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in settings.stop)
     pad = config._pad_token_tensor.to(device) if ends else None
     leaves = record.scores is None and record.logits is None
+    leaves = leaves and settings.rows_apart
     leaves = leaves and may_leave(settings.process, settings.stop, (RowLengths,))
     numbers = Memory() if leaves else None
     rows = list(range(len(ids)))  # those of the logits

@@ -70,9 +70,9 @@ def noise_is_drawn_in_order() -> bool:
 
     Held against a few draws, of generators of their own.
     """
-    whole, rows = (torch.Generator().manual_seed(0) for _ in range(2))
-    noise = torch.empty(3, 21).exponential_(generator=whole)
-    uniform = torch.empty(3, 21, dtype=torch.float64)
+    whole, rows = (torch.Generator("cpu").manual_seed(0) for _ in range(2))
+    noise = torch.empty(3, 21, device="cpu").exponential_(generator=whole)
+    uniform = torch.empty(3, 21, dtype=torch.float64, device="cpu")
     uniform[0].uniform_(generator=rows)
     uniform[1].view(torch.int64).random_(generator=rows)
     uniform[2].uniform_(generator=rows)

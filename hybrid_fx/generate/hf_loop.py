@@ -131,7 +131,7 @@ def session_forward(
             cache.reset()  # the loop starts over with the whole sequence
         assert cache.session is not None
         columns = next_columns(input_ids, attention_mask, position_ids, cache.get_seq_length())
-        plain = inputs_embeds is None and not cache.get_seq_length()
+        plain = inputs_embeds is None and not cache.get_seq_length() and runner.rows_apart
         fed, held = share(cache.session, columns) if plain else (columns, None)
         logits = cache.session.forward(
             fed.ids.clamp_min(0),

@@ -43,9 +43,12 @@ def take_lengths(kwargs: Mapping[str, Any]) -> tuple[list[int] | None, dict[str,
     Raises:
         InputError: for entries that are not positive ints, or a ``max_length`` beside them.
     """
-    given = kwargs.get("max_new_tokens")
+    given: Any = kwargs.get("max_new_tokens")
+    if getattr(given, "ndim", 0) == 1:  # a tensor or an array
+        given = given.tolist()
     if not isinstance(given, list | tuple):
         return None, dict(kwargs)
+    given = [getattr(length, "tolist", lambda plain=length: plain)() for length in given]
     for row, length in enumerate(given):
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise InputError(

@@ -26,7 +26,7 @@ from .session_cache import SessionCache
 def generate_fast(request: Request, runner: Runner, *, sampling: str = "hf") -> Any:
     """Decode by :func:`~hybrid_fx.generate.decode.decode` within HF's ``generate``.
 
-    Rows with the same prompt are prefilled once.
+    Rows with the same prompt are prefilled once, where a row does not depend on those beside it.
 
     Args:
         sampling: ``"hf"`` draws what HF draws, ``"per_sequence"`` by a generator of each row's.
@@ -58,7 +58,7 @@ def generate_fast(request: Request, runner: Runner, *, sampling: str = "hf") -> 
         )
         session = runner.session(batch=len(input_ids), capacity=capacity)
         try:
-            fed, held = share(session, columns)
+            fed, held = share(session, columns) if runner.rows_apart else (columns, None)
             logits = prefill(session, fed, generation_config.prefill_chunk_size)
             record = decode(
                 session,
@@ -71,6 +71,7 @@ def generate_fast(request: Request, runner: Runner, *, sampling: str = "hf") -> 
                     config=generation_config,
                     choose=_choice(generation_config.do_sample, len(input_ids), sampling),
                     streamer=streamer,
+                    rows_apart=runner.rows_apart,
                 ),
                 held,
             )

@@ -75,12 +75,17 @@ class Runner(Protocol):
     Attributes:
         takes_embeds: Whether its sessions take ``embeds``; None where that was not proven yet.
         holds_keys: Whether its sessions can ``load`` and ``read``.
+        rows_apart: Whether a row may be computed beside other rows than those of its call.
     """
 
     takes_embeds: bool | None
 
     @property
     def holds_keys(self) -> bool:
+        """See above."""
+
+    @property
+    def rows_apart(self) -> bool:
         """See above."""
 
     def session(self, *, batch: int, capacity: int) -> Session:

@@ -1,4 +1,4 @@
-"""May rows that have finished leave the batch: does anything that runs look across rows?
+"""May rows that have finished leave the batch: does what chooses tokens look across rows?
 
 What transformers makes out of its own settings, and what is listed here, treats each row by
 itself; read with 5.17 and 5.23. Anything else (a processor of the user's, a watermark, a function

@@ -48,6 +48,11 @@ class JointRunner:
     takes_embeds: bool | None = False
     holds_keys = False
 
+    @property
+    def rows_apart(self) -> bool:
+        """As of the runner that computes."""
+        return self.plan_runner.rows_apart
+
     def __init__(self, runner: PlanRunner, rounds: Rounds, rank: int, timer: Timer) -> None:
         self.plan_runner = runner
         self._rounds = rounds

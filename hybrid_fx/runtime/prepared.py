@@ -66,10 +66,10 @@ class PreparedTensors:
         return packed + sum({s._cdata: s.nbytes() for s in storages}.values())
 
     @property
-    def copies(self) -> list[tuple[Prepared, int]]:
-        """The tensors that have memory of their own, with its bytes."""
+    def copies(self) -> list[tuple[Prepared, int, bool]]:
+        """The tensors that have memory of their own, its bytes, and whether it is packed."""
         return [
-            (wanted, packed_bytes(kept) if kept.is_mkldnn else kept.nbytes)
+            (wanted, packed_bytes(kept) if kept.is_mkldnn else kept.nbytes, kept.is_mkldnn)
             for wanted, kept in zip(self._wanted, self._kept, strict=True)
             if kept is not None
         ]

@@ -43,10 +43,12 @@ class Verdict(NamedTuple):
     Attributes:
         settled: Whether the logits could tell: those of weights that hold NaN cannot.
         difference: What differs, or "".
+        rows_apart: Whether a row's logits do not depend on the rows beside it.
     """
 
     settled: bool
     difference: str = ""
+    rows_apart: bool = False
 
 
 def _uncounted(_: str) -> Any:
@@ -62,9 +64,10 @@ def probe(
     Draws from a generator of its own; the user's random state stays as it is.
     """
     length = _length(runner, limit)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     vocabulary = runner.plan.manifest.vocab_size
-    ids = torch.randint(vocabulary, (2, length), generator=generator).to(runner.device)
+    ids = torch.randint(vocabulary, (2, length), generator=generator, device="cpu")
+    ids = ids.to(runner.device)
     positions = torch.arange(length, device=runner.device).expand(2, length)
     with torch.no_grad():
         wanted = reference(ids, positions)
@@ -74,6 +77,10 @@ def probe(
             parts = [session.forward(ids[:, :first], positions[:, :first], keep=first)]
             for at in range(first, length):
                 parts.append(session.forward(ids[:, at : at + 1], positions[:, at : at + 1]))
+            # Once more, with the second row in place of the first: both say what the second said.
+            session.crop(length - 1)
+            session.reorder(torch.tensor([1, 1], device=runner.device))
+            twice = session.forward(ids[1:, -1:].expand(2, 1), positions[:, -1:])
         finally:
             session.close()
     got = torch.cat(parts, 1)
@@ -87,7 +94,7 @@ def probe(
     if not distance <= allowed:
         said = f"its logits differ from the module's by {distance:.1e}, allowed {allowed:.0e}"
         return Verdict(True, said)
-    return Verdict(True)
+    return Verdict(True, rows_apart=distance_of(twice, got[1:, -1:].expand_as(twice)) <= allowed)
 
 
 def _narrowest(runner: PlanRunner) -> torch.dtype:

@@ -93,6 +93,8 @@ class PlanRunner:
         self.workspace = Workspace(plan.manifest.kv, device)
         self.prepared = PreparedTensors(plan.manifest.prepared, gather, rows)
         self._open: PlanSession | None = None
+        #: Whether a row may be computed beside other rows than those of its call: a probe tells.
+        self.rows_apart = False
         #: Whether embeddings may stand in for ids; None: not yet held against the module.
         self.takes_embeds: bool | None = None if plan.manifest.embeds else False
 

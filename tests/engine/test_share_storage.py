@@ -116,6 +116,14 @@ def test_without_the_option_nothing_is_moved_and_the_report_says_what_is_copied(
         assert "(share_storage=False): model.layers.0-1.self_attn.concat_rows" in text
 
 
+def test_what_a_device_does_not_pack_is_not_called_packed() -> None:
+    with hybrid_fx.hybridize(tiny("llama").double()) as engine:
+        engine.generate(**CALL)
+        reasons = {copy.reason for copy in engine.explain().copies}
+        assert "share_storage=False" in reasons
+        assert not any("pack" in reason for reason in reasons)
+
+
 @pytest.mark.parametrize(
     ("option", "dtype"),
     [

@@ -15,6 +15,7 @@ class HFRunner:
 
     takes_embeds: bool | None = None
     holds_keys = True
+    rows_apart = True
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -100,6 +101,7 @@ class Watched:
         self.sessions: list[WatchedSession] = []
         self.fail_at = 0
         self.takes_embeds, self.holds_keys = runner.takes_embeds, runner.holds_keys
+        self.rows_apart = runner.rows_apart
         self.error: BaseException = KeyboardInterrupt()
 
     def session(self, *, batch: int, capacity: int) -> WatchedSession:

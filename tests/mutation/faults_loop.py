@@ -139,4 +139,16 @@ GROUPS = (
             ),
         ),
     ),
+    Group(
+        "decoding loop",
+        "hybrid_fx/runtime/probe.py",
+        ("tests/laws/test_rows_together.py",),
+        (
+            Fault(
+                "nobody asks whether rows depend on one another",
+                "session.reorder(torch.tensor([1, 1],",
+                "session.reorder(torch.tensor([0, 1],",
+            ),
+        ),
+    ),
 )

@@ -34,7 +34,7 @@ GROUPS = (
                 "kept.is_mkldnn and kept.shape == new.shape and kept.dtype == new.dtype",
                 "kept.is_mkldnn and kept.dtype == new.dtype",
             ),
-            Fault("double precision is packed in single", "dtype in _DTYPES", "bool(dtype)"),
+            Fault("double precision is packed in single", " or dtype not in _DTYPES", ""),
         ),
     ),
     Group(

@@ -138,6 +138,16 @@ def test_what_has_no_other_layout_stays_as_it_is(weight: torch.Tensor) -> None:
 
 
 @needs_onednn
+def test_bfloat16_stays_as_it_is_where_the_processor_lacks_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = torch.ones(64, 32, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert pack(weight) is weight
+    assert pack(weight.float()).is_mkldnn
+
+
+@needs_onednn
 def test_packed_memory_is_refilled_where_it_fits() -> None:
     kept, new = pack(torch.zeros(32, 16)), pack(torch.ones(32, 16))
     address = torch.ops.mkldnn.data_ptr(kept)

@@ -308,6 +308,6 @@ def test_a_refill_never_reaches_a_parameter(steps: list[str]) -> None:
             ours = rows.lent(whole)
             assert held.nbytes == (0 if ours else whole.nbytes)
             assert held.shared_nbytes == (whole.nbytes if ours else 0)
-            assert [nbytes for _, nbytes in held.copies] == ([] if ours else [whole.nbytes])
+            assert [nbytes for _, nbytes, _ in held.copies] == ([] if ours else [whole.nbytes])
         for name, weight in weights.items():
             assert torch.equal(weight, seen[name]), step
