@@ -24,6 +24,9 @@ Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 FOLDER = Path(__file__).parent / "results"
 
+#: Arguments that say where things lie on a machine.
+_PLACES = ("folder", "environment")
+
 
 def cell(key: str, form: str = "") -> Callable[[Row], str]:
     """The value of ``key`` in the format ``form``; a dash where the row has none."""
@@ -110,7 +113,7 @@ def save(result: Result, args: argparse.Namespace, name: str, **versions: str) -
     record = {
         "date": date,
         "name": name,
-        "arguments": vars(args),
+        "arguments": {k: v for k, v in vars(args).items() if k not in _PLACES},
         "machine": machine(args.device),
         "versions": {module.__name__: module.__version__ for module in modules} | versions,
         "limits": dict(result.limits),
