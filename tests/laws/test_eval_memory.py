@@ -19,6 +19,8 @@ from tiny_models import adapted, prompt, tiny
 
 import hybrid_fx
 
+pytestmark = pytest.mark.usefixtures("ledger")
+
 CALL = prompt((5, 1, 8), 3) | {"max_new_tokens": 12, "pad_token_id": 0}
 
 MODELS: dict[str, Callable[[], Any]] = {

@@ -13,6 +13,8 @@ from tiny_models import adapted, prompt, tiny
 
 import hybrid_fx
 
+pytestmark = pytest.mark.usefixtures("ledger")
+
 CALL = prompt((5, 1, 8), 3) | {"max_new_tokens": 12}
 RIGHT_PADDED = CALL | {name: CALL[name].flip(1) for name in ("input_ids", "attention_mask")}
 
