@@ -144,14 +144,22 @@ def fold_dora(weight: Tensor, magnitude: Tensor, a: Tensor, b: Tensor, scale: fl
     return (total * magnitude.to(total.dtype).reshape(-1, 1)).to(weight.dtype)
 
 
+#: Elements of which a measure makes copies at once: fresh memory costs more than the sums.
+_AT_A_TIME = 2**20
+
+
 def fold_error(weight: Tensor, folded: Tensor) -> Tensor:
     """How much of a fold rounding takes away: ``|rounded - exact| / |exact - W|``, a scalar.
 
     ``folded`` is the exact sum, of the dtype of :func:`exact`. This is the relative error of the
     adapter's output for inputs without a preferred direction. No change at all has error 0.
     """
-    change = torch.linalg.vector_norm(folded - weight)
-    lost = torch.linalg.vector_norm(folded.to(weight.dtype) - folded)
+    change, lost = (torch.zeros((), dtype=folded.dtype, device=folded.device) for _ in range(2))
+    rows = max(1, _AT_A_TIME // max(1, weight[:1].numel()))
+    for part, exact_part in zip(weight.split(rows), folded.split(rows), strict=True):
+        rounding = exact_part.to(weight.dtype) - exact_part
+        change = torch.hypot(change, torch.linalg.vector_norm(exact_part - part))
+        lost = torch.hypot(lost, torch.linalg.vector_norm(rounding))
     return torch.where(change > 0, lost / change, torch.zeros_like(lost))
 
 
