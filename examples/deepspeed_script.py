@@ -107,6 +107,7 @@ def main() -> None:
     engine.eval()
     if rank == 0:
         print(engine.stats.iterations[-1])
+    torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 if __name__ == "__main__":

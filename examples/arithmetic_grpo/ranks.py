@@ -74,6 +74,8 @@ def _one(
         "MASTER_PORT": str(port),
     }
     run(options)
+    if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
+        torch.distributed.destroy_process_group()
 
 
 def place(options: argparse.Namespace) -> None:
