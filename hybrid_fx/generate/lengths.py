@@ -48,7 +48,7 @@ def take_lengths(kwargs: Mapping[str, Any]) -> tuple[list[int] | None, dict[str,
         given = given.tolist()
     if not isinstance(given, list | tuple):
         return None, dict(kwargs)
-    given = [getattr(length, "tolist", lambda plain=length: plain)() for length in given]
+    given = [length.tolist() if hasattr(length, "tolist") else length for length in given]
     for row, length in enumerate(given):
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise InputError(

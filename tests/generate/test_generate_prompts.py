@@ -19,6 +19,7 @@ from generate.same_as_hf import (
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hybrid_fx.errors import InputError
+from hybrid_fx.generate.lengths import take_lengths
 from hybrid_fx.generate.prompt import distinct, prompt_columns
 
 ROWS = prompt((3, 9, 1, 6))
@@ -107,6 +108,15 @@ def test_each_prompt_may_have_a_length(sample: bool, returns: int, ends: list[in
     assert (
         fed == running if ends is None else all(f <= r for f, r in zip(fed, running, strict=True))
     )
+
+
+def test_lengths_may_be_numbers_and_arrays_of_numpy_and_torch() -> None:
+    tensor = torch.tensor([3, 5])
+    for given in ([3, 5], (3, 5), tensor, list(tensor), tensor.numpy(), list(tensor.numpy())):
+        lengths, rest = take_lengths({"max_new_tokens": given})
+        assert lengths == [3, 5]
+        assert rest == {"max_new_tokens": 5}
+    assert take_lengths({"max_new_tokens": 5}) == (None, {"max_new_tokens": 5})
 
 
 def test_equal_lengths_are_one_length() -> None:
