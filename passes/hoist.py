@@ -39,7 +39,7 @@ def recipe(node: fx.Node) -> str:
     """The expression of a hoisted node over weight names."""
     if node.op == "placeholder":
         return str(node.meta.get("weight", node.name))
-    if name_of(node) == "gather":
+    if name_of(node) in ("gather", "pack"):  # the same values, elsewhere or laid out otherwise
         return recipe(node.args[0])  # type: ignore[arg-type]
 
     def show(value: object) -> str:

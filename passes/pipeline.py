@@ -42,8 +42,8 @@ STAGE = Pipeline((GATHER_WEIGHTS,), given=_CANONICAL)
 #: Lets the layers gather their own weights while they run, where not all fit at once.
 STREAM = Pipeline((STREAM_GATHERS,), given=_CANONICAL | {"gathered"})
 
-#: Passes that make new weights of a layer's, which pays where that happens once.
-PACKING = frozenset({"fold_lora", "concat_qkv", "concat_gate_up", "pack_weights"})
+#: Names of the passes that make new weights of a layer's, which pays where that happens once.
+NEW_WEIGHTS = frozenset({"fold_lora", "concat_qkv", "concat_gate_up", "pack_weights"})
 
 #: What makes the body a prefill and a decode graph.
 PREFILL = Pipeline((THREAD_KV_PREFILL, KEEP_LAST_TOKENS, TAKE_EMBEDS), given=_CANONICAL)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ..runtime import PlanRunner
 from .iteration import readable_bytes
 
-_PACK = "pack("
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -42,8 +41,6 @@ def prepared_copies(
     def reason(recipe: str, packed: bool) -> str:
         if packed:
             return "packed for the kernels of the device"
-        if recipe.startswith(_PACK):  # which has no other layout there
-            recipe = recipe.removeprefix(_PACK).removesuffix(")")
         if "fold_" in recipe:
             return "adapters are folded into it"
         operator, made, _ = recipe.partition("(")

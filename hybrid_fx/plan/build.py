@@ -82,7 +82,7 @@ def build_plan(
         side: Adapted modules, relative to their layer, whose LoRA stays a branch.
         shard: For which rank of how many.
         stream: Let each layer gather its own weights while it runs. A pass that makes new weights
-            of them (:data:`~hybrid_fx.passes.pipeline.PACKING`) would do so each time.
+            of them (:data:`~hybrid_fx.passes.pipeline.NEW_WEIGHTS`) would do so each time.
         fusions: ``"measured"`` or ``"all"``, see :class:`~hybrid_fx.passes.contract.Context`.
         passes: Over the layers, before gathers are put in.
         policies: Tried in this order.
@@ -175,6 +175,7 @@ def _prepared(staged: Hoisted) -> tuple[Prepared, ...]:
             shape=tuple(int(size) for size in shape_of(node) or ()),
             dtype=_dtype(value_of(node)),
             owns_memory=owned,
+            packed=name_of(node) == "pack",
         )
         for node, name, recipe, owned in zip(
             results, staged.names, staged.recipes, staged.owned, strict=True

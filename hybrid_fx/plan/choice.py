@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..passes.contract import Pass, Pipeline, PipelineError
-from ..passes.pipeline import OPTIONAL, PACK, PACKING
+from ..passes.pipeline import NEW_WEIGHTS, OPTIONAL, PACK
 from ..passes.policies import POLICIES
 from ..passes.roles import Policy
 
@@ -23,7 +23,7 @@ def optional_passes(config: HybridConfig, *, stream: bool = False) -> Pipeline:
             is not for generating.
     """
     off = {*config.disable_passes, *(["fold_lora"] if config.lora == "side" else [])}
-    off |= PACKING if stream else frozenset()
+    off |= NEW_WEIGHTS if stream else frozenset()
     if config.graph == "inductor":
         off.add("pack_weights")  # it takes no opaque tensors
     try:

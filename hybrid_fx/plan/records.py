@@ -39,9 +39,11 @@ class Prepared:
 
     Attributes:
         name: of the tensor in the sources.
-        recipe: how it is made, for a person: ``"concat_qkv(…q_proj.weight, …)"``.
+        recipe: how its values are made, for a person: ``"concat_rows(…q_proj.weight, …)"``.
         shape, dtype: as in :class:`Weight`.
-        owns_memory: False where it is a parameter itself or a view of one.
+        owns_memory: False where it is a parameter itself or a view of one, but for packing.
+        packed: whether it is laid out for the kernel of its device, which is memory of its own
+            on a device that has a layout for it.
     """
 
     name: str
@@ -49,11 +51,13 @@ class Prepared:
     shape: tuple[int, ...]
     dtype: str
     owns_memory: bool
+    packed: bool = False
 
     def __post_init__(self) -> None:
         need_text(self, "recipe")
         _need_tensor(self)
         need_bool(self, "owns_memory")
+        need_bool(self, "packed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,9 +89,11 @@ class PreparedTensors:
     def store(self, index: int, value: Tensor) -> None:
         """Take tensor ``index`` of the new version."""
         value = value.detach()
-        if value.is_mkldnn:
-            value = self._kept[index] = self._packed(index, value)
-        elif self._owned(index, value):
+        if not self._owned(index, value):
+            self._kept[index] = None  # what was ours is not held beside what is lent
+        elif value.is_mkldnn:
+            value = self._kept[index] = self._refilled(index, value)
+        else:
             kept = self._kept[index]
             fits = (
                 kept is not None
@@ -105,20 +107,21 @@ class PreparedTensors:
             elif value.untyped_storage().nbytes() > _PADDED * value.nbytes:
                 value = value.clone()
             self._kept[index] = value
-        else:
-            self._kept[index] = None  # what was ours is not held beside what is lent
         self._next[index] = value
 
-    def _packed(self, index: int, value: Tensor) -> Tensor:
+    def _refilled(self, index: int, value: Tensor) -> Tensor:
         """A packed weight in the memory that the last version left, where it fits."""
         kept = self._kept[index]
         return kept if kept is not None and refill(kept, value) else value
 
     def _owned(self, index: int, value: Tensor) -> bool:
+        wanted = self._wanted[index]
+        if wanted.packed and value.is_mkldnn:  # else its device has no layout for it
+            return True
         if self._rows is not None and self._rows.lent(value):
             return False
         if self._gather is None:
-            return self._wanted[index].owns_memory
+            return wanted.owns_memory
         return not self._gather.lent(value)
 
     def finish(self) -> None:

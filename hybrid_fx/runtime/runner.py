@@ -110,7 +110,7 @@ class PlanRunner:
         folded = 0
         for tensor in self.plan.manifest.prepared:
             dtype = getattr(torch, tensor.dtype)
-            packed = tensor.recipe.startswith("pack(") and packs(self.device, dtype)
+            packed = tensor.packed and packs(self.device, dtype)
             if tensor.owns_memory or packed or self._gather is not None:
                 count = math.prod(tensor.shape)
                 layer = layer_of(tensor.name) or tensor.name

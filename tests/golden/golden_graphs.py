@@ -78,7 +78,8 @@ def _tables(plan: Plan) -> list[str]:
     ]
     for number, tensor in enumerate(manifest.prepared):
         own = "" if tensor.owns_memory else ", owns no memory"
-        kind = f"{tensor.dtype} {list(tensor.shape)}{own}"
+        memory = ", packed" if tensor.packed else own
+        kind = f"{tensor.dtype} {list(tensor.shape)}{memory}"
         lines += [f"# prepared[{number}] = {tensor.name} {kind}", f"#     {tensor.recipe}"]
     for row, weights in itertools.groupby(manifest.streamed, key=lambda weight: weight.layer):
         lines += [f"# shards[{row}] = {', '.join(weight.name for weight in weights)}"]

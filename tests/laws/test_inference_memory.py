@@ -18,7 +18,7 @@ def pointers(engine: Any) -> tuple[list[int], list[int]]:
     """Addresses of the prepared tensors that own memory, and of the KV workspace."""
     runner = engine._graphs.runner
     wanted = zip(runner.plan.manifest.prepared, runner.prepared.tensors, strict=True)
-    owned = [address(tensor) for p, tensor in wanted if p.owns_memory or tensor.is_mkldnn]
+    owned = [address(tensor) for p, tensor in wanted if p.owns_memory or p.packed]
     return owned, [t.data_ptr() for t in (*runner.workspace.keys, *runner.workspace.values)]
 
 

@@ -44,9 +44,17 @@ GROUPS = (
         (
             Fault(
                 "packed memory is returned and taken anew",
-                "self._kept[index] = self._packed(index, value)",
+                "self._kept[index] = self._refilled(index, value)",
                 "self._kept[index] = value",
             ),
+            Fault("an opaque weight is refilled", "if wanted.packed and value.", "if value."),
+            Fault("a packed weight is lent", "if wanted.packed and value.", "if False and value."),
         ),
+    ),
+    Group(
+        "packed in the manifest",
+        "hybrid_fx/plan/build.py",
+        _PACKING,
+        (Fault("nothing is called packed", 'packed=name_of(node) == "pack"', "packed=False"),),
     ),
 )

@@ -142,7 +142,7 @@ GROUPS = (
             ),
             Fault(
                 "weights are copied",
-                "            return self._wanted[index].owns_memory\n",
+                "            return wanted.owns_memory\n",
                 "            return True\n",
             ),
         ),

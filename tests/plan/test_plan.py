@@ -26,7 +26,7 @@ def manifest() -> Manifest:
         prepared=(
             Prepared(
                 name="qkv_0", recipe="concat_qkv(…)", shape=(16, 8), dtype="float32",
-                owns_memory=True,
+                owns_memory=True, packed=True,
             ),
         ),
         kv=(
@@ -77,6 +77,7 @@ manifests = st.builds(
             shape=shapes,
             dtype=dtypes,
             owns_memory=st.booleans(),
+            packed=st.booleans(),
         ),
         max_size=3,
     ),

@@ -8,15 +8,18 @@ from memory_ledger import address
 from tiny_models import adapted, prompt, randomize_adapters, reweigh, tiny
 
 import hybrid_fx
+from hybrid_fx.passes.packing import pack, packs
 from hybrid_fx.plan.records import Prepared
 from hybrid_fx.runtime.prepared import PreparedTensors
 
+opaque = pytest.mark.skipif(
+    not packs(torch.device("cpu"), torch.float32), reason="needs a torch built with oneDNN"
+)
 
-def wanted(count, owns=True):
-    return tuple(
-        Prepared(name=f"t{i}", recipe="", shape=(2, 3), dtype="float32", owns_memory=owns)
-        for i in range(count)
-    )
+
+def wanted(count, owns=True, packed=False):
+    record = {"recipe": "", "shape": (2, 3), "dtype": "float32", "owns_memory": owns}
+    return tuple(Prepared(name=f"t{i}", **record, packed=packed) for i in range(count))
 
 
 def filled(held, values):
@@ -71,6 +74,30 @@ def test_weights_are_taken_as_they_are_and_never_written():
         assert weight.eq(index).all()
         assert weight._version == 0
     assert held.nbytes == 0
+
+
+@opaque
+def test_packed_memory_is_refilled_and_that_of_an_opaque_weight_is_not() -> None:
+    weights = [pack(torch.full((2, 3), float(i))) for i in range(2)]
+    lent = PreparedTensors(wanted(1, owns=False))
+    for weight in weights:
+        (tensor,) = filled(lent, [weight])
+        assert address(tensor) == address(weight)
+    assert [weight.to_dense().mean().item() for weight in weights] == [0, 1]
+    assert lent.nbytes == 0
+    assert lent.copies == []
+    own = PreparedTensors(wanted(1, owns=False, packed=True))
+    (first,), (second,) = ([*filled(own, [weight])] for weight in weights)
+    assert address(first) == address(second)
+    assert first.to_dense().eq(1).all()
+    assert [packed for _, _, packed in own.copies] == [True]
+
+
+def test_a_packed_weight_of_a_device_without_a_layout_is_the_weight() -> None:
+    weight = torch.ones(2, 3)
+    (tensor,) = filled(held := PreparedTensors(wanted(1, owns=False, packed=True)), [weight])
+    assert tensor.data_ptr() == weight.data_ptr()
+    assert held.copies == []
 
 
 def test_a_version_that_is_not_whole_cannot_be_used():
