@@ -68,9 +68,8 @@ def packed_bytes(weight: Tensor) -> int:
 def refill(kept: Tensor, new: Tensor) -> bool:
     """Copy a packed weight into the memory of another; False where the layouts differ."""
     ops = torch.ops.mkldnn
-    if not (kept.is_mkldnn and kept.shape == new.shape and kept.dtype == new.dtype):
-        return False
-    if not torch.equal(ops._get_mkldnn_serialized_md(kept), ops._get_mkldnn_serialized_md(new)):
+    layout = ops._get_mkldnn_serialized_md  # shape and dtype are part of it
+    if not (kept.is_mkldnn and torch.equal(layout(kept), layout(new))):
         return False
     ctypes.memmove(ops.data_ptr(kept), ops.data_ptr(new), packed_bytes(new))
     return True

@@ -117,6 +117,15 @@ def adapter_state(module: nn.Module) -> AdapterState | None:
     )
 
 
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that are active somewhere in ``model``, in order.
+
+    Read from the modules: the base model of a PeftModel holds adapters, and cannot say which.
+    """
+    names = (name for _, state in adapter_states(model) for name in state.active)
+    return tuple(dict.fromkeys(names))
+
+
 def adapter_states(model: nn.Module) -> Iterator[tuple[str, AdapterState]]:
     """(qualified path, state) of every module of ``model`` that has to do with adapters."""
     for path, module in model.named_modules():

@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.utils import GenerationMixin
 
+from ..cache.adapters import active_adapters, configs
 from .hf_cache import cache_fault
 from .request import Request
 
@@ -87,10 +88,9 @@ def _architecture(r: Request) -> str | None:
 
 
 def _peft(r: Request) -> str | None:
-    configs = getattr(r.model, "peft_config", None) or {}
-    active = r.model.active_adapters if configs else ()
-    for name in active() if callable(active) else active:
-        config: Any = configs.get(name)
+    kept = configs(r.model)
+    for name in active_adapters(r.model) if kept else ():
+        config: Any = kept.get(name)
         if getattr(config, "is_prompt_learning", False):
             return f"adapter {name!r} is prompt learning ({config.peft_type.value})"
         if getattr(config, "alora_invocation_tokens", None):

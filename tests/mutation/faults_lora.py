@@ -201,4 +201,21 @@ GROUPS = (
             ),
         ),
     ),
+    Group(
+        "adapters of a call",
+        "hybrid_fx/generate/routes.py",
+        ("tests/laws/test_lora_base_model.py",),
+        (
+            Fault(
+                "an adapter that is not active decides the route",
+                "active_adapters(r.model) if kept else ()",
+                "kept",
+            ),
+            Fault(
+                "nothing is asked of adapters",
+                "active_adapters(r.model) if kept else ()",
+                "()",
+            ),
+        ),
+    ),
 )

@@ -31,8 +31,8 @@ GROUPS = (
             Fault("the bias is dropped", '(x, weight, bias, "none"', '(x, weight, None, "none"'),
             Fault(
                 "any packed weight takes the memory of any other",
-                "kept.is_mkldnn and kept.shape == new.shape and kept.dtype == new.dtype",
-                "kept.is_mkldnn and kept.dtype == new.dtype",
+                "kept.is_mkldnn and torch.equal(layout(kept), layout(new))",
+                "kept.is_mkldnn",
             ),
             Fault("double precision is packed in single", " or dtype not in _DTYPES", ""),
         ),
