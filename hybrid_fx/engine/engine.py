@@ -128,8 +128,9 @@ class HybridEngine:
         """What ``model.generate(*args, **kwargs)`` returns, from rewritten graphs where they apply.
 
         Takes the whole API of transformers; ``max_new_tokens`` may also be a list, one length for
-        each row of the prompt: what is shorter is padded. Runs without gradients, dropout and
-        gradient checkpointing; a call on a model in training leaves its flags as they were.
+        each row of the prompt: what is shorter is padded, and a ``max_length`` beside it does not
+        count. Runs without gradients, dropout and gradient checkpointing; a call on a model in
+        training leaves its flags as they were.
 
         Raises:
             InputError: for ids, masks or lengths that do not fit the model.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import StrictError
-from .checks import check_request, position_limit
+from .checks import check_positions, check_request, position_limit
 from .guard import inference_mode_of, instance_attribute
 from .hf_loop import UnservedError, generate_by_loop
 from .lengths import end_rows, take_lengths
@@ -99,18 +99,21 @@ def generate(
         if lengths is not None:
             end_rows(request, lengths)
             args, kwargs = (), {**request.arguments, **request.options}
+        route, why = choose(request)
+        if not nothing:
+            check_positions(request, lengths if route is Route.FAST else None)
         if on_settings is not None and settings is not None:
             on_settings(settings)
         if nothing:
             if callable(runner):
                 runner()  # the other ranks wait for this one
             return empty_result(request)
-        route, why = choose(request)
         made = None
         if route is not Route.MODULE:
             made = runner() if callable(runner) else runner
             if made is None:
                 route, why = Route.MODULE, "no captured graph"
+                check_positions(request)  # rows that have ended go on there
         if made is not None and route is Route.FAST:
             return generate_fast(request, made, sampling=sampling)
         if made is not None and route is Route.HF_LOOP:

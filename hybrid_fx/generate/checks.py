@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ def check_request(request: Request) -> None:
 
     Raises:
         InputError: for a prompt that is empty or not integers ``[B, T]``, an id outside the
-            vocabulary, a mask or positions of another shape than the prompt, or more new tokens
-            than the model has positions for.
+            vocabulary, or a mask or positions of another shape than the prompt.
     """
     if request.causal.config.is_encoder_decoder:
         return
@@ -26,7 +26,6 @@ def check_request(request: Request) -> None:
         _check_mask(request.ids, request.model_kwargs)
     if request.embeds is not None:
         _check_embeds(request.embeds, request.causal)
-    _check_positions(request)
 
 
 def position_limit(config: Any) -> int | None:
@@ -112,29 +111,46 @@ def _check_embeds(embeds: Any, causal: Any) -> None:
         )
 
 
-def _check_positions(request: Request) -> None:
+def check_positions(request: Request, lengths: Sequence[int] | None = None) -> None:
+    """Refuse more new tokens than the model has positions for.
+
+    Args:
+        lengths: Of each row of the prompt, where a row that has ended takes no more positions;
+            None where every row goes on until the last one has ended.
+
+    Raises:
+        InputError: naming the row that needs most.
+    """
     limit = position_limit(request.causal.config)
     new_tokens = request.total - request.prompt
-    if limit is None or new_tokens < 1:
+    if limit is None or new_tokens < 1 or request.causal.config.is_encoder_decoder:
         return
-    start = _longest(request)
+    starts, named = _starts(request), "max_new_tokens"
+    start = max(starts)
+    if lengths is not None:
+        each = starts if len(starts) == len(lengths) else [start] * len(lengths)
+        ends = [sum(pair) for pair in zip(each, lengths, strict=True)]
+        row = ends.index(max(ends))
+        named, start, new_tokens = f"max_new_tokens[{row}]", each[row], lengths[row]
     needed = start + new_tokens - 1  # the last token is returned and never fed
     if needed > limit:
         room = limit - start + 1
-        remedy = (
-            f"use max_new_tokens<={room}" if room > 0 else f"shorten the prompt to {limit} tokens"
-        )
+        remedy = f"use {named}<={room}" if room > 0 else f"shorten the prompt to {limit} tokens"
         raise InputError(
-            f"max_new_tokens={new_tokens} after a prompt of {start} tokens needs {needed} "
+            f"{named}={new_tokens} after a prompt of {start} tokens needs {needed} "
             f"positions; the model has {limit}: {remedy}"
         )
 
 
-def _longest(request: Request) -> int:
-    """The positions the prompt takes: those of its longest row, padding apart."""
+def _starts(request: Request) -> list[int]:
+    """The positions that each row of the prompt takes, padding apart; one where all are alike."""
     positions = request.model_kwargs.get("position_ids")
     if isinstance(positions, Tensor) and positions.numel():
-        return int(positions.max()) + 1
-    if request.mask is None or request.mask.dim() != 2:
-        return request.prompt
-    return int((request.mask != 0).sum(-1).max())
+        rows = positions if positions.dim() == 2 else positions.reshape(1, -1)
+        counts = rows.amax(-1) + 1
+    elif request.mask is None or request.mask.dim() != 2:
+        return [request.prompt]
+    else:
+        counts = (request.mask != 0).sum(-1)
+    found: list[int] = counts.tolist()
+    return found

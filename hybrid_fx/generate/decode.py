@@ -27,6 +27,7 @@ class Settings:
 
     Attributes:
         rows_apart: Whether a row may be computed without those that have finished.
+        limit: The model's positions; a row that has finished and stays may be past them.
     """
 
     process: Callable[[Tensor, Tensor], Tensor]
@@ -35,6 +36,7 @@ class Settings:
     choose: Choose
     streamer: Any = None
     rows_apart: bool = False
+    limit: int | None = None
 
 
 @dataclass
@@ -94,6 +96,7 @@ def decode(
     leaves = leaves and settings.rows_apart
     leaves = leaves and may_leave(settings.process, settings.stop, (RowLengths,))
     numbers = Memory() if leaves else None
+    end = torch.iinfo(last.dtype).max if settings.limit is None else settings.limit - 1
     rows = list(range(len(ids)))  # those of the logits
     index: Tensor | None = None  # the same, unless these are all rows in order
     process = settings.process
@@ -120,7 +123,7 @@ def decode(
             if len(rows) < len(ids):
                 index = torch.tensor(rows, device=device)
                 process = of_rows(settings.process, index)
-        last = last + 1
+        last = (last + 1).clamp_max(end)
         fed = tokens if index is None else tokens[index]
         logits = session.forward(fed[:, None].to(last.device), last)
     if settings.streamer is not None:

@@ -1,4 +1,7 @@
-"""``max_new_tokens`` as a list: a length for each row of the prompt."""
+"""``max_new_tokens`` as a list: a length for each row of the prompt.
+
+Beside a ``max_length`` it counts alone, as one number does in transformers, which warns.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def take_lengths(kwargs: Mapping[str, Any]) -> tuple[list[int] | None, dict[str,
         None and the arguments as they are, where ``max_new_tokens`` is no list.
 
     Raises:
-        InputError: for entries that are not positive ints, or a ``max_length`` beside them.
+        InputError: for entries that are not positive ints.
     """
     given: Any = kwargs.get("max_new_tokens")
     if getattr(given, "ndim", 0) == 1:  # a tensor or an array
@@ -54,13 +57,6 @@ def take_lengths(kwargs: Mapping[str, Any]) -> tuple[list[int] | None, dict[str,
             raise InputError(
                 f"max_new_tokens[{row}] is {length!r}; give each row a positive number of tokens"
             )
-    config = kwargs.get("generation_config")
-    bound = kwargs.get("max_length", getattr(config, "max_length", None))
-    if bound is not None:
-        raise InputError(
-            f"max_new_tokens has a length for each row, and max_length={bound} one for all: "
-            "leave max_length out"
-        )
     return list(given), {**kwargs, "max_new_tokens": max(given, default=1)}
 
 

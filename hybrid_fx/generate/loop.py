@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .checks import position_limit
 from .choose import Choose, largest
 from .decode import Settings, decode
 from .hf_draws import HFDraws
@@ -72,6 +73,7 @@ def generate_fast(request: Request, runner: Runner, *, sampling: str = "hf") -> 
                     choose=_choice(generation_config.do_sample, len(input_ids), sampling),
                     streamer=streamer,
                     rows_apart=runner.rows_apart,
+                    limit=position_limit(model.config),
                 ),
                 held,
             )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from generate.same_as_hf import (
     same_as_hf,
     shared_model,
 )
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from hybrid_fx.errors import InputError
 from hybrid_fx.generate.lengths import take_lengths
@@ -151,11 +154,73 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
         ({"max_new_tokens": [1, 2.0, 1, 3]}, r"max_new_tokens\[1\] is 2.0"),
         ({"max_new_tokens": [True, 2, 1, 3]}, r"max_new_tokens\[0\] is True"),
         ({"max_new_tokens": lengths, "num_beams": 2}, "this call is beam search"),
-        ({"max_new_tokens": lengths, "max_length": 30}, "max_length=30"),
         ({"max_new_tokens": lengths}, "pass pad_token_id"),
     ]
     for asked, words in refused:
         with pytest.raises(InputError, match=words):
             run(plain, **ROWS, **asked)
-    with pytest.raises(InputError, match="positions"):
+    with pytest.raises(InputError, match=r"max_new_tokens\[3\]=400 .*use max_new_tokens\[3\]<="):
         run(shared_model(), **ROWS, max_new_tokens=[1, 2, 3, 400])
+
+
+@pytest.mark.parametrize("where", ["argument", "config", "positional config", "model"])
+def test_lengths_win_over_a_maximum_as_one_length_does(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, lengths = new_model(), [3, 12, 1, 5]
+    config = GenerationConfig(max_length=11, pad_token_id=PAD, eos_token_id=None)
+    mask = {"attention_mask": ROWS["attention_mask"]}
+    args, beside = {
+        "argument": ((ROWS["input_ids"],), {"max_length": 11, "eos_token_id": None}),
+        "config": ((ROWS["input_ids"],), {"generation_config": config}),
+        "positional config": ((ROWS["input_ids"], config), {}),
+        "model": ((ROWS["input_ids"],), {"eos_token_id": None}),
+    }[where]
+    if where == "model":
+        model.generation_config.max_length = 11
+    plain = run(shared_model(), **ROWS, max_new_tokens=lengths, eos_token_id=None)
+    transformers_logger = logging.getLogger("transformers.generation.utils")
+    with caplog.at_level(logging.WARNING), _seen_by(caplog.handler, transformers_logger):
+        ran = run(model, *args, **mask, **beside, max_new_tokens=lengths)
+    assert torch.equal(ran.result, plain.result)
+    assert any("`max_new_tokens` will take precedence" in line for line in caplog.messages)
+
+
+#: The short prompt has the long length; together they would leave the 128 positions of the models.
+UNEVEN = prompt((60, 2))
+UNEVEN_LENGTHS = [4, 120]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_short_prompt_may_take_the_positions_it_has(family: str, stays: bool) -> None:
+    asked: dict[str, Any] = {"eos_token_id": None, "pad_token_id": PAD}
+    kept = {"output_scores": True, "return_dict_in_generate": True} if stays else {}
+    model = shared_model(family)
+    ran = run(model, **UNEVEN, **asked, **kept, max_new_tokens=UNEVEN_LENGTHS)
+    assert is_fast(ran)
+    found = ran.result.sequences if stays else ran.result
+    for row, (length, start) in enumerate(zip(UNEVEN_LENGTHS, (0, 58), strict=True)):
+        alone = UNEVEN["input_ids"][row : row + 1, start:]
+        wanted = model.generate(alone, **asked, max_new_tokens=length)
+        assert torch.equal(found[row, start : 60 + length], wanted[0])
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"output_hidden_states": True}, {"stop_strings": ["x"]}, {"runner": None}],
+    ids=["module", "loop", "not captured"],
+)
+def test_where_rows_that_ended_go_on_the_positions_of_all_count(beside: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="max_new_tokens=120 after a prompt of 60 tokens"):
+        run(shared_model("gpt2"), **UNEVEN, **beside, max_new_tokens=UNEVEN_LENGTHS)
+
+
+@contextmanager
+def _seen_by(handler: logging.Handler, logger: logging.Logger) -> Iterator[None]:
+    """Transformers' loggers do not hand on what they are told."""
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -140,6 +140,38 @@ GROUPS = (
         ),
     ),
     Group(
+        "lengths of rows",
+        "hybrid_fx/generate/checks.py",
+        (_PROMPTS,),
+        (
+            Fault(
+                "the longest prompt counts for every row",
+                "each = starts if",
+                "each = [start] * len(lengths) if 1 or",
+            ),
+            Fault("the first row counts", "row = ends.index(max(ends))", "row = 0"),
+        ),
+    ),
+    Group(
+        "lengths of rows",
+        "hybrid_fx/generate/__init__.py",
+        (_PROMPTS,),
+        (
+            Fault("rows are alone on every way", "lengths if route is Route.FAST", "lengths if 1"),
+            Fault(
+                "rows are alone in the module",
+                "                check_positions(request)  # rows",
+                "                # rows",
+            ),
+        ),
+    ),
+    Group(
+        "lengths of rows",
+        "hybrid_fx/generate/decode.py",
+        (_PROMPTS,),
+        (Fault("a row that waits leaves the positions", ".clamp_max(end)", ""),),
+    ),
+    Group(
         "decoding loop",
         "hybrid_fx/runtime/probe.py",
         ("tests/laws/test_rows_together.py",),
