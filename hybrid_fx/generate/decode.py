@@ -71,7 +71,6 @@ def decode(
     ids: Tensor,
     last: Tensor,
     settings: Settings,
-    held: Sequence[int] | None = None,
 ) -> Record:
     """Choose tokens until the stopping criteria hold for every row.
 
@@ -81,7 +80,6 @@ def decode(
         ids: The prompt, ``[B, T]``.
         last: The positions of the last column, int64 ``[B, 1]``.
         settings: HF's processors, criteria and generation config.
-        held: The row of the session that each row of ``ids`` continues; None: its own.
     """
     config, device = settings.config, ids.device
     keep = bool(config.return_dict_in_generate)
@@ -115,14 +113,13 @@ def decode(
         if not any(running):
             break
         stay = closed_up([running[row] for row in rows]) if leaves else list(range(len(rows)))
-        if held is not None or len(stay) < len(rows):
-            sources = stay if held is None else [held[place] for place in stay]
-            session.reorder(torch.tensor(sources, device=last.device))
-            last = last[torch.tensor(stay, device=last.device)]
-            rows, held = [rows[place] for place in stay], None
-            if len(rows) < len(ids):
-                index = torch.tensor(rows, device=device)
-                process = of_rows(settings.process, index)
+        if len(stay) < len(rows):
+            places = torch.tensor(stay, device=last.device)
+            session.reorder(places)
+            last = last[places]
+            rows = [rows[place] for place in stay]
+            index = torch.tensor(rows, device=device)
+            process = of_rows(settings.process, index)
         last = (last + 1).clamp_max(end)
         fed = tokens if index is None else tokens[index]
         logits = session.forward(fed[:, None].to(last.device), last)

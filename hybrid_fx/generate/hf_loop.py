@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import HybridError
 from .embeds import embeds_fault
 from .guard import instance_attribute
-from .prompt import Columns, prompt_columns, share
+from .prompt import Columns, prefill, prompt_columns
 from .protocol import Runner
 from .request import Request
 from .routes import EXACT_CACHES, padding_fault
@@ -132,18 +133,13 @@ def session_forward(
         assert cache.session is not None
         columns = next_columns(input_ids, attention_mask, position_ids, cache.get_seq_length())
         plain = inputs_embeds is None and not cache.get_seq_length() and runner.rows_apart
-        fed, held = share(cache.session, columns) if plain else (columns, None)
-        logits = cache.session.forward(
-            fed.ids.clamp_min(0),
-            fed.positions,
-            fed.valid,
+        logits = prefill(
+            cache.session,
+            replace(columns, ids=columns.ids.clamp_min(0)),
+            shared=plain,
             keep=logits_to_keep or width,
             embeds=inputs_embeds,
         )
-        if held is not None:
-            rows = torch.tensor(held, device=logits.device)
-            cache.session.reorder(rows)
-            logits = logits[rows]
         cache.append(columns.ids)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -17,7 +16,7 @@ from .choose import Choose, largest
 from .decode import Settings, decode
 from .hf_draws import HFDraws
 from .own_draws import OwnDraws
-from .prompt import prefill, prompt_columns, share
+from .prompt import prefill, prompt_columns
 from .protocol import Runner
 from .request import Request
 from .routes import EXACT_CACHES
@@ -59,11 +58,10 @@ def generate_fast(request: Request, runner: Runner, *, sampling: str = "hf") -> 
         )
         session = runner.session(batch=len(input_ids), capacity=capacity)
         try:
-            fed, held = share(session, columns) if runner.rows_apart else (columns, None)
-            logits = prefill(session, fed, generation_config.prefill_chunk_size)
+            chunk = generation_config.prefill_chunk_size
             record = decode(
                 session,
-                logits if held is None else logits[torch.tensor(held, device=logits.device)],
+                prefill(session, columns, shared=runner.rows_apart, chunk=chunk),
                 input_ids,
                 columns.positions[:, -1:],
                 Settings(
@@ -75,7 +73,6 @@ def generate_fast(request: Request, runner: Runner, *, sampling: str = "hf") -> 
                     rows_apart=runner.rows_apart,
                     limit=position_limit(model.config),
                 ),
-                held,
             )
         finally:
             session.close()

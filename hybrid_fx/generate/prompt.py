@@ -54,26 +54,31 @@ def distinct(columns: Columns) -> tuple[list[int], list[int]]:
     return firsts, alike
 
 
-def share(session: Session, columns: Columns) -> tuple[Columns, list[int] | None]:
-    """Let an empty session hold each prompt once.
+def prefill(
+    session: Session,
+    columns: Columns,
+    *,
+    shared: bool,
+    chunk: int | None = None,
+    keep: int = 1,
+    embeds: Tensor | None = None,
+) -> Tensor:
+    """Run columns; the logits ``[B, keep, V]`` of the last.
 
     Args:
-        session: Of as many rows as ``columns``, so that there is room for all of them later.
-
-    Returns:
-        The columns to feed, and which row of the session each row of ``columns`` continues; None
-        where no two are alike, and the session is as it was.
+        session: Of B rows.
+        columns: For each of them.
+        shared: Whether rows that are alike are computed once; the session is empty then.
+        chunk: How many columns to run at a time; None is all.
+        keep: At most those of the last chunk.
+        embeds: ``[B, T, E]`` in place of the ids; neither shared nor in chunks.
     """
-    firsts, alike = distinct(columns)
-    if len(firsts) == len(alike):
-        return columns, None
-    rows = torch.tensor(firsts, device=columns.ids.device)
-    session.reorder(rows)
-    return columns.rows(rows), alike
-
-
-def prefill(session: Session, columns: Columns, chunk: int | None = None) -> Tensor:
-    """Run the prompt, ``chunk`` columns at a time; logits of the last column, ``[B, 1, V]``."""
+    firsts, alike = distinct(columns) if shared else ([], [])
+    again = len(firsts) < len(alike)
+    if again:  # the memory stays: there is room for all rows later
+        rows = torch.tensor(firsts, device=columns.ids.device)
+        session.reorder(rows)
+        columns = columns.rows(rows)
     prompt = columns.ids.shape[1]
     width = chunk or prompt
     for start in range(0, prompt, width):
@@ -82,5 +87,11 @@ def prefill(session: Session, columns: Columns, chunk: int | None = None) -> Ten
             columns.ids[:, part],
             columns.positions[:, part],
             None if columns.valid is None else columns.valid[:, part],
+            keep=keep,
+            embeds=embeds,
         )
+    if again:
+        rows = torch.tensor(alike, device=logits.device)
+        session.reorder(rows)
+        logits = logits[rows]
     return logits

@@ -30,7 +30,7 @@ GROUPS = (
             ),
             Fault(
                 "rows that leave take their places with them",
-                "last = last[torch.tensor(stay, device=last.device)]",
+                "last = last[places]",
                 "last = last[: len(stay)]",
             ),
             Fault(
@@ -80,8 +80,8 @@ GROUPS = (
             ),
             Fault(
                 "every row is prefilled",
-                "    if len(firsts) == len(alike):\n",
-                "    if len(firsts) <= len(alike):\n",
+                "again = len(firsts) < len(alike)",
+                "again = False",
                 (f"{_PROMPTS}::test_rows_with_the_same_prompt_are_prefilled_once",),
             ),
         ),
