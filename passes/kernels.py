@@ -115,69 +115,6 @@ def concat_rows(*weights: Tensor) -> Tensor:
     return torch.cat(weights, 0)
 
 
-def fold_lora(weight: Tensor, *deltas: Any) -> Tensor:
-    """``W + sum(scale * B @ A)`` in float32, rounded once to W's dtype (Hu et al. 2021).
-
-    Weights in float64 are folded in float64.
-
-    Args:
-        weight: [out, in].
-        deltas: A [R, in], B [out, R], scale, repeated once for each active adapter.
-    """
-    return _folded(weight, deltas).to(weight.dtype)
-
-
-def _folded(weight: Tensor, deltas: tuple[Any, ...]) -> Tensor:
-    total = wide(weight)
-    for a, b, scale in zip(deltas[::3], deltas[1::3], deltas[2::3], strict=True):
-        total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scale)
-    return total
-
-
-def fold_dora(weight: Tensor, magnitude: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``m * (W + scale * B @ A)``, m one factor a row; float32, rounded once (Liu et al. 2024).
-
-    Args:
-        weight: [out, in]; magnitude: [1, out]; a: [R, in]; b: [out, R].
-    """
-    total = _folded(weight, (a, b, scale))
-    return (total * magnitude.to(total.dtype).reshape(-1, 1)).to(weight.dtype)
-
-
-#: Elements of which a measure makes copies at once: fresh memory costs more than the sums.
-_AT_A_TIME = 2**20
-
-
-def fold_error(weight: Tensor, folded: Tensor) -> Tensor:
-    """How much of a fold rounding takes away: ``|rounded - exact| / |exact - W|``, a scalar.
-
-    ``folded`` is the exact sum, of the dtype of :func:`exact`. This is the relative error of the
-    adapter's output for inputs without a preferred direction. No change at all has error 0.
-    """
-    change, lost = (torch.zeros((), dtype=folded.dtype, device=folded.device) for _ in range(2))
-    rows = max(1, _AT_A_TIME // max(1, weight[:1].numel()))
-    for part, exact_part in zip(weight.split(rows), folded.split(rows), strict=True):
-        rounding = exact_part.to(weight.dtype) - exact_part
-        change = torch.hypot(change, torch.linalg.vector_norm(exact_part - part))
-        lost = torch.hypot(lost, torch.linalg.vector_norm(rounding))
-    return torch.where(change > 0, lost / change, torch.zeros_like(lost))
-
-
-def wide(weight: Tensor) -> Tensor:
-    """The weight in float32 (or float64, where it is), for sums that are not to be rounded."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def exact(weight: Tensor) -> Tensor:
-    """The weight in a dtype in which what rounding takes of it can be seen.
-
-    float64 for float32, float32 for half precision. A device without float64 stays in float32,
-    where the error reads 0.
-    """
-    half = weight.dtype.itemsize < 4 or weight.device.type == "mps"
-    return weight.to(torch.float32 if half else torch.float64)
-
-
 def given(embeds: Tensor | None, computed: Tensor) -> Tensor:
     """Embeddings [B, T, E] from the caller where there are any, else what the ids gave."""
     return computed if embeds is None else embeds

@@ -1,8 +1,8 @@
 """The operator table: every function a graph may call, by its canonical name.
 
 A legal graph calls nothing else, and neither does generated source: it is what makes a stored
-plan safe to execute. Names follow torch; what passes add comes from :mod:`.kernels` and
-:mod:`.attention`.
+plan safe to execute. Names follow torch; what passes add comes from :mod:`.kernels`,
+:mod:`.folding` and :mod:`.attention`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import attention, collectives, kernels, packing
+from . import attention, collectives, folding, kernels, packing
 
 # Python operators serve tensors and symbolic sizes alike.
 _PYTHON = (
@@ -71,11 +71,12 @@ def _build() -> dict[str, Callable[..., Any]]:
         (collectives, "all_reduce all_gather"),
         (attention, "attend attend_one attend_as_configured"),
         (packing, "pack packed_linear"),
+        (folding, "fold_lora fold_dora measured_lora measured_dora"),
         (
             kernels,
             "rms_norm add_rms_norm add_layer_norm gated_mlp split_gated_mlp plain_mlp gather "
-            "issue_gather wait_gather concat_rows fold_lora fold_dora fold_error exact given "
-            "last_tokens select_tokens track_gradient store",
+            "issue_gather wait_gather concat_rows given last_tokens select_tokens "
+            "track_gradient store",
         ),
     ):
         table |= {name: getattr(module, name) for name in names.split()}

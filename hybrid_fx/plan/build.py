@@ -15,7 +15,7 @@ from ..passes.contract import Context, Pipeline
 from ..passes.driver import PassRecord, run_passes
 from ..passes.emit import emit
 from ..passes.fold_lora import site_of
-from ..passes.graph import calls, inside, name_of, path_of, shape_of, value_of
+from ..passes.graph import after, calls, inside, name_of, path_of, shape_of, value_of
 from ..passes.hoist import Hoisted, hoist
 from ..passes.layers import layer_paths, nodes_by_layer
 from ..passes.operators import OPERATORS
@@ -238,17 +238,8 @@ def _prepare_source(staged: Hoisted, layers: Sequence[str]) -> tuple[str, list[s
     if not folds:
         return source, []
     measured = copy_graph(graph)
+    errors = [_error(measured, fold) for fold in calls(measured, "fold_lora", "fold_dora")]
     output = next(n for n in measured.nodes if n.op == "output")
-    errors = []
-    for fold in calls(measured, "fold_lora", "fold_dora"):
-        with measured.inserting_before(output):
-            exact = measured.call_function(OPERATORS["exact"], (fold.args[0],))
-            operator = OPERATORS[str(name_of(fold))]
-            total = measured.call_function(operator, (exact, *fold.args[1:]))
-            error = measured.call_function(OPERATORS["fold_error"], (fold.args[0], total))
-        for node in (exact, total, error):
-            node.meta["path"] = path_of(fold)
-        errors.append(error)
     output.args = (tuple(errors),)
     _drop_unused(measured)
     source += "\n\n" + emit(
@@ -259,6 +250,16 @@ def _prepare_source(staged: Hoisted, layers: Sequence[str]) -> tuple[str, list[s
         layers=layers,
     )
     return source, [site_of(path_of(fold)) for fold in folds]
+
+
+def _error(graph: fx.Graph, fold: fx.Node) -> fx.Node:
+    """A node behind ``fold`` that measures what rounding takes of it."""
+    measure = OPERATORS[str(name_of(fold)).replace("fold", "measured")]
+    with after(graph, fold):
+        both = graph.call_function(measure, fold.args)
+        error = graph.call_function(OPERATORS["getitem"], (both, 1))
+    both.meta["path"] = error.meta["path"] = path_of(fold)
+    return error
 
 
 def _drop_unused(graph: fx.Graph) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import EngineClosedError, InputError
 from ..passes.collectives import Group
+from ..passes.folding import piece_bytes
 from ..passes.layers import layer_of
 from ..passes.operators import OPERATORS
 from ..passes.packing import most_bytes, packs
@@ -103,8 +104,8 @@ class PlanRunner:
         """An upper bound of what a prepare holds at once: all it keeps, and one layer twice.
 
         While a layer is prepared, folded weights stand beside what is stacked of them, and a fold
-        holds its weight in float32 twice. From the second time on, all it keeps stands beside the
-        layer that is made anew.
+        holds a piece of its weight in float32. From the second time on, all it keeps stands beside
+        the layer that is made anew.
         """
         kept: dict[str, int] = {}
         folded = 0
@@ -117,19 +118,21 @@ class PlanRunner:
                 size = most_bytes(tensor.shape, dtype) if packed else count * dtype.itemsize
                 kept[layer] = kept.get(layer, 0) + size
                 if "fold_" in tensor.recipe:
-                    folded = max(folded, 8 * count)
+                    folded = max(folded, piece_bytes(tensor.shape, dtype, self.device))
         return sum(kept.values()) + max(kept.values(), default=0) + folded
 
     @property
     def measure_peak_bytes(self) -> int:
-        """An upper bound of what :meth:`measure` holds: one weight, four times made exact."""
+        """An upper bound of what :meth:`measure` holds: a weight, gathered, folded, in pieces."""
         sites = [f".{site}." for site in self.plan.manifest.lora]
-        sizes = (
-            math.prod(weight.shape) * (4 if getattr(torch, weight.dtype).itemsize < 4 else 8)
-            for weight in self.plan.manifest.weights
-            if any(site in weight.name for site in sites)
-        )
-        return 4 * max(sizes, default=0)
+        most = 0
+        for weight in self.plan.manifest.weights:
+            if any(site in weight.name for site in sites):
+                dtype = getattr(torch, weight.dtype)
+                copies = (1 if self._gather is None else 2) * math.prod(weight.shape)
+                pieces = piece_bytes(weight.shape, dtype, self.device)
+                most = max(most, copies * dtype.itemsize + pieces)
+        return most
 
     @contextmanager
     def _weights(self, tensors: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
