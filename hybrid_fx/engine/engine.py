@@ -176,10 +176,14 @@ class HybridEngine:
             warned=self._warned,
             on_settings=self._source.say if self._source.collective else None,
             sampling=self._options.sampling,
+            on_waiting=self._note_waiting,
         )
 
     def _note_fallback(self, reason: str) -> None:
         self.stats.fallback(f"{reason}: {self._graphs.failure}" if self._graphs.failure else reason)
+
+    def _note_waiting(self, reason: str, tokens: int) -> None:
+        self.stats.waited[reason] += tokens
 
     def _counted(self, result: Any) -> Any:
         rows = getattr(result, "sequences", result)

@@ -129,6 +129,10 @@ def build_explanation(
             "a row's logits depend on the rows beside it: rows that have finished stay in the "
             "batch, and prompts that are alike are each computed"
         )
+    notes += [
+        f"{tokens} tokens were computed for rows that had finished and stayed in the batch: {why}"
+        for why, tokens in stats.waited.items()
+    ]
     if config.lora == "side":
         notes.append('lora="side": adapters run as low-rank branches')
     rows = () if runner is None else runner.plan.manifest.layers

@@ -82,6 +82,7 @@ class Stats:
         counters: Event (see :data:`COUNTERS`) to how often it happened.
         fallbacks: Reason to how often a call left the rewritten graphs for it.
         iterations: The latest closed iterations, oldest first.
+        waited: Reason to the tokens computed for rows that had finished and stayed in the batch.
         samples: Rows generated so far.
         kv_bytes: Bytes of the KV workspace now.
         kv_bytes_peak: The most it ever held.
@@ -100,6 +101,7 @@ class Stats:
     ) -> None:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.fallbacks: Counter[str] = Counter()
+        self.waited: Counter[str] = Counter()
         self.iterations: deque[Iteration] = deque(maxlen=history)
         self.samples = 0
         self.kv_bytes = 0
@@ -223,6 +225,7 @@ class Stats:
             "prepared_bytes": self.prepared_bytes,
             "counters": dict(self.counters),
             "fallbacks": dict(self.fallbacks),
+            "waited": dict(self.waited),
             "last": self.iterations[-1].as_dict() if self.iterations else None,
         }
 

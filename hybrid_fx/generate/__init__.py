@@ -55,6 +55,7 @@ def generate(
     warned: set[str] | None = None,
     on_settings: Callable[[Mapping[str, str]], None] | None = None,
     sampling: str = "hf",
+    on_waiting: Callable[[str, int], None] | None = None,
 ) -> Any:
     """Generate as ``model.generate(*args, **kwargs)`` would, on ``runner``'s sessions.
 
@@ -77,6 +78,8 @@ def generate(
             a prompt without rows is served.
         sampling: Of the fast way: ``"hf"`` or ``"per_sequence"``, see
             :class:`~hybrid_fx.config.HybridConfig`.
+        on_waiting: Told why rows that had finished stayed in the batch, and how many tokens were
+            computed for them.
 
     Returns:
         What HF returns: int64 ``[B, T + new]`` or one of its output objects.
@@ -115,7 +118,7 @@ def generate(
                 route, why = Route.MODULE, "no captured graph"
                 check_positions(request)  # rows that have ended go on there
         if made is not None and route is Route.FAST:
-            return generate_fast(request, made, sampling=sampling)
+            return generate_fast(request, made, sampling=sampling, on_waiting=on_waiting)
         if made is not None and route is Route.HF_LOOP:
             try:
                 result = generate_by_loop(request, made)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .choose import Choose, Memory
 from .lengths import RowLengths
 from .protocol import Session
-from .staying import may_leave, of_rows
+from .staying import looks_across, of_rows
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,19 @@ class Settings:
 
 @dataclass
 class Record:
-    """The sequences ``[B, T + new]``; scores and logits ``[B, V]`` a step, None where unasked."""
+    """The sequences ``[B, T + new]``; scores and logits ``[B, V]`` a step, None where unasked.
+
+    Attributes:
+        stays: Why rows that have finished stay in the session, "" where they leave.
+        waited: The tokens that were computed for rows that had finished and stayed.
+    """
 
     ids: Tensor
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
     unfinished: Tensor = field(init=False)
+    stays: str = ""
+    waited: int = 0
 
     def __post_init__(self) -> None:
         self.unfinished = torch.ones(len(self.ids), dtype=torch.long, device=self.ids.device)
@@ -90,10 +97,8 @@ def decode(
     )
     ends = any(hasattr(criterion, "eos_token_id") for criterion in settings.stop)
     pad = config._pad_token_tensor.to(device) if ends else None
-    leaves = record.scores is None and record.logits is None
-    leaves = leaves and settings.rows_apart
-    leaves = leaves and may_leave(settings.process, settings.stop, (RowLengths,))
-    numbers = Memory() if leaves else None
+    record.stays = _why_rows_stay(record, settings)
+    numbers = None if record.stays else Memory()
     end = torch.iinfo(last.dtype).max if settings.limit is None else settings.limit - 1
     rows = list(range(len(ids)))  # those of the logits
     index: Tensor | None = None  # the same, unless these are all rows in order
@@ -112,7 +117,9 @@ def decode(
         running = record.unfinished.tolist()
         if not any(running):
             break
-        stay = closed_up([running[row] for row in rows]) if leaves else list(range(len(rows)))
+        runs = [running[row] for row in rows]
+        stay = list(range(len(rows))) if record.stays else closed_up(runs)
+        record.waited += len(stay) - sum(runs)
         if len(stay) < len(rows):
             places = torch.tensor(stay, device=last.device)
             session.reorder(places)
@@ -126,6 +133,14 @@ def decode(
     if settings.streamer is not None:
         settings.streamer.end()
     return record
+
+
+def _why_rows_stay(record: Record, settings: Settings) -> str:
+    if record.scores is not None or record.logits is not None:
+        return "scores or logits are returned"
+    if not settings.rows_apart:
+        return "a row's logits depend on the rows beside it"
+    return looks_across(settings.process, settings.stop, (RowLengths,))
 
 
 def closed_up(running: Sequence[object]) -> list[int]:

@@ -6,6 +6,7 @@ stopping criteria; only the model's forward is ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -23,13 +24,20 @@ from .routes import EXACT_CACHES
 from .session_cache import SessionCache
 
 
-def generate_fast(request: Request, runner: Runner, *, sampling: str = "hf") -> Any:
+def generate_fast(
+    request: Request,
+    runner: Runner,
+    *,
+    sampling: str = "hf",
+    on_waiting: Callable[[str, int], None] | None = None,
+) -> Any:
     """Decode by :func:`~hybrid_fx.generate.decode.decode` within HF's ``generate``.
 
     Rows with the same prompt are prefilled once, where a row does not depend on those beside it.
 
     Args:
         sampling: ``"hf"`` draws what HF draws, ``"per_sequence"`` by a generator of each row's.
+        on_waiting: As of :func:`~hybrid_fx.generate.generate`.
 
     Returns:
         int64 ``[B, T + new]``, or HF's output object with ``return_dict_in_generate``.
@@ -76,6 +84,8 @@ def generate_fast(request: Request, runner: Runner, *, sampling: str = "hf") -> 
             )
         finally:
             session.close()
+        if record.waited and on_waiting is not None:
+            on_waiting(record.stays, record.waited)
         if not generation_config.return_dict_in_generate:
             return record.ids
         cached = SessionCache(depth, record.ids[:, :-1]) if model_kwargs["use_cache"] else None

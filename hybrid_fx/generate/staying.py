@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -34,27 +33,43 @@ PROCESSORS = frozenset(
 CRITERIA = frozenset(("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria"))
 
 
-def may_leave(processors: Any, criteria: Any, own: tuple[type, ...] = ()) -> bool:
-    """Whether nobody sees a row that has finished.
+def looks_across(processors: Any, criteria: Any, own: tuple[type, ...] = ()) -> str:
+    """What may see a row that has finished, by name; "" where nothing does.
 
     Args:
         processors: The list of logits processors that transformers made.
         criteria: Its list of stopping criteria.
         own: Criteria of this package.
     """
-    if type(processors) is not logits_process.LogitsProcessorList:
-        return False
-    if type(criteria) is not stopping_criteria.StoppingCriteriaList:
-        return False
-    return _are(processors, PROCESSORS, logits_process) and _are(
-        (entry for entry in criteria if type(entry) not in own), CRITERIA, stopping_criteria
-    )
+    for name, entries, plain in (
+        ("logits processor", processors, logits_process.LogitsProcessorList),
+        ("stopping criterion", criteria, stopping_criteria.StoppingCriteriaList),
+    ):
+        if type(entries) is not plain:
+            return f"{name}s in a {type(entries).__name__}"
+    strange = [f"logits processor {_name(p)}" for p in processors if not _is_known(p)]
+    strange += [
+        f"stopping criterion {_name(c)}" for c in criteria if type(c) not in own and not _ends(c)
+    ]
+    return ", ".join(dict.fromkeys(strange))
 
 
-def _are(entries: Iterable[Any], names: frozenset[str], module: Any) -> bool:
-    """Whether each entry is of one of these very classes."""
-    kinds = map(type, entries)
-    return all(k.__name__ in names and getattr(module, k.__name__, None) is k for k in kinds)
+def _name(entry: object) -> str:
+    return type(entry).__name__
+
+
+def _is_known(processor: object) -> bool:
+    return _is_one_of(processor, PROCESSORS, logits_process)
+
+
+def _ends(criterion: object) -> bool:
+    return _is_one_of(criterion, CRITERIA, stopping_criteria)
+
+
+def _is_one_of(entry: object, names: frozenset[str], module: Any) -> bool:
+    """Whether an entry is of one of these very classes."""
+    kind = type(entry)
+    return kind.__name__ in names and getattr(module, kind.__name__, None) is kind
 
 
 def of_rows(processors: Any, rows: Tensor) -> Any:

@@ -35,15 +35,21 @@ GROUPS = (
             ),
             Fault(
                 "finished rows stay",
-                "    leaves = leaves and may_leave(",
-                "    leaves = not leaves and may_leave(",
+                "    return looks_across(settings.process, settings.stop, (RowLengths,))",
+                '    return "them"',
                 (f"{_LEAVING}::test_a_row_that_has_ended_is_fed_no_more",),
             ),
             Fault(
                 "rows leave where scores are returned",
-                "leaves = record.scores is None and record.logits is None",
-                "leaves = True",
+                "if record.scores is not None or record.logits is not None:",
+                "if False:",
                 (f"{_LEAVING}::test_rows_stay_where_something_may_look_across_them",),
+            ),
+            Fault(
+                "finished rows are counted as running",
+                "record.waited += len(stay) - sum(runs)",
+                "record.waited += len(stay)",
+                ("tests/runtime/test_loop_statistics.py",),
             ),
             Fault(
                 "processors are told of the first rows",

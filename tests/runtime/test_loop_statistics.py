@@ -7,7 +7,13 @@ import logging
 import pytest
 import torch
 from tiny_models import prompt, tiny
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
 
 import hybrid_fx
 
@@ -130,6 +136,45 @@ def test_padding_behind_a_row_that_ended_counts_as_no_token():
     # The last new token of a row is chosen and not fed back.
     assert engine.stats.tokens["decode"] == sum(length - 1 for length in lengths)
     assert engine.stats.tokens["prefill"] == 5 + 3 + 4
+
+
+class Mine(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+class Never(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+KEEPS_ROWS = {
+    "logits processor Mine, stopping criterion Never": lambda: {
+        "logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.7), Mine(), Mine()]),
+        "stopping_criteria": StoppingCriteriaList([Never()]),
+    },
+    "scores or logits are returned": lambda: {
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    },
+}
+
+
+@pytest.mark.parametrize("why", KEEPS_ROWS)
+def test_what_keeps_finished_rows_is_named_with_the_tokens_it_costs(why):
+    asked = {**prompt((5, 3, 4)), "pad_token_id": 0, "eos_token_id": None}
+    lengths = [1, 6, 3]
+    with hybrid_fx.hybridize(tiny("llama")) as engine:
+        engine.generate(**asked, max_new_tokens=lengths)
+        engine.generate(**asked, max_new_tokens=6, **KEEPS_ROWS[why]())
+        assert engine.stats.waited == {}, "nothing was computed for nobody"
+        for times in (1, 2):
+            engine.generate(**asked, max_new_tokens=lengths, **KEEPS_ROWS[why]())
+            assert engine.stats.waited == {why: times * (5 + 0 + 3)}
+        assert engine.stats.as_dict()["waited"] == {why: 16}
+        (note,) = (note for note in engine.explain().notes if "finished" in note)
+        assert note.startswith("16 tokens were computed for rows")
+        assert note.endswith(why)
 
 
 def test_a_prompt_counts_as_often_as_it_is_computed():
