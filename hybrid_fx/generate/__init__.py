@@ -118,7 +118,13 @@ def generate(
                 route, why = Route.MODULE, "no captured graph"
                 check_positions(request)  # rows that have ended go on there
         if made is not None and route is Route.FAST:
-            return generate_fast(request, made, sampling=sampling, on_waiting=on_waiting)
+            return generate_fast(
+                request,
+                made,
+                sampling=sampling,
+                on_waiting=on_waiting,
+                alone=on_settings is None,
+            )
         if made is not None and route is Route.HF_LOOP:
             try:
                 result = generate_by_loop(request, made)

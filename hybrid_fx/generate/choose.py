@@ -11,6 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .host import is_asynchronous
+
+NO_DISTRIBUTION = "probability tensor contains either `inf`, `nan` or element < 0"
+
 
 class Choose(Protocol):
     """Chooses the tokens of one step; called once a step."""
@@ -62,8 +66,12 @@ def probabilities(scores: Tensor, memory: Memory) -> Tensor:
 
     Raises:
         RuntimeError: for NaN, +inf, or a row without a finite score; what multinomial says then.
+            On a GPU its work says so, later.
     """
     found = torch.softmax(scores, -1, out=memory.like(scores))
-    if bool(found[:, :1].isnan().any()):  # one such score makes its whole row NaN
-        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+    broken = found[:, :1].isnan().any()  # one such score makes its whole row NaN
+    if is_asynchronous(found.device):
+        torch._assert_async(~broken, NO_DISTRIBUTION)  # as multinomial does: nobody waits for it
+    elif bool(broken):
+        raise RuntimeError(NO_DISTRIBUTION)
     return found

@@ -8,7 +8,7 @@ Legend: B rows of the call, N rows in the session, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .choose import Choose, Memory
+from .host import ToHost
 from .lengths import RowLengths
 from .protocol import Session
+from .running import Running
 from .staying import looks_across, of_rows
 
 
@@ -28,6 +30,8 @@ class Settings:
     Attributes:
         rows_apart: Whether a row may be computed without those that have finished.
         limit: The model's positions; a row that has finished and stays may be past them.
+        ahead: Whether forwards are queued before it is known who runs, which pays on a device
+            that computes while the host goes on.
     """
 
     process: Callable[[Tensor, Tensor], Tensor]
@@ -37,6 +41,7 @@ class Settings:
     streamer: Any = None
     rows_apart: bool = False
     limit: int | None = None
+    ahead: bool = False
 
 
 @dataclass
@@ -81,6 +86,10 @@ def decode(
 ) -> Record:
     """Choose tokens until the stopping criteria hold for every row.
 
+    With ``settings.ahead``, the next forward is queued before the host waits for the flags that
+    say who runs; a row that has ended then leaves behind that forward, and one that nobody needed
+    is dropped before anything is chosen of it. Behind the last possible step none is queued.
+
     Args:
         session: Holds the columns of ``ids``.
         logits: ``[B, 1, V]`` of the last column.
@@ -99,37 +108,34 @@ def decode(
     pad = config._pad_token_tensor.to(device) if ends else None
     record.stays = _why_rows_stay(record, settings)
     numbers = None if record.stays else Memory()
-    end = torch.iinfo(last.dtype).max if settings.limit is None else settings.limit - 1
-    rows = list(range(len(ids)))  # those of the logits
-    index: Tensor | None = None  # the same, unless these are all rows in order
-    process = settings.process
+    running = Running(session, logits, last, settings.limit)
+    process, told = settings.process, ToHost(len(ids), device)
     while True:
-        raw = _numbers(logits[:, -1], device, numbers)
-        scores = process(record.ids if index is None else record.ids[index], raw)
+        raw = _numbers(running.take(), device, numbers)
+        scores = process(running.of(record.ids), raw)
         if record.scores is not None:
             record.scores += (scores,)
         if record.logits is not None:
             record.logits += (raw,)
-        tokens = record.append(settings.choose(scores, rows), index, pad)
+        tokens = record.append(settings.choose(scores, running.rows), running.index, pad)
         record.unfinished = record.unfinished & ~settings.stop(record.ids, record.scores)
+        told.send(tokens, record.unfinished)
+        queued = settings.ahead and record.ids.shape[1] < config.max_length
+        if queued:
+            running.feed(tokens)
+        put, flags = told.read()
         if settings.streamer is not None:
-            settings.streamer.put(tokens.cpu())
-        running = record.unfinished.tolist()
-        if not any(running):
+            settings.streamer.put(put)
+        if not any(flags):
             break
-        runs = [running[row] for row in rows]
-        stay = list(range(len(rows))) if record.stays else closed_up(runs)
-        record.waited += len(stay) - sum(runs)
-        if len(stay) < len(rows):
-            places = torch.tensor(stay, device=last.device)
-            session.reorder(places)
-            last = last[places]
-            rows = [rows[place] for place in stay]
-            index = torch.tensor(rows, device=device)
-            process = of_rows(settings.process, index)
-        last = (last + 1).clamp_max(end)
-        fed = tokens if index is None else tokens[index]
-        logits = session.forward(fed[:, None].to(last.device), last)
+        runs = [flags[row] for row in running.rows]
+        if record.stays:
+            record.waited += len(runs) - sum(runs)
+        elif running.keep(runs):
+            assert running.index is not None
+            process = of_rows(settings.process, running.index)
+        if not queued:
+            running.feed(tokens)
     if settings.streamer is not None:
         settings.streamer.end()
     return record
@@ -141,13 +147,6 @@ def _why_rows_stay(record: Record, settings: Settings) -> str:
     if not settings.rows_apart:
         return "a row's logits depend on the rows beside it"
     return looks_across(settings.process, settings.stop, (RowLengths,))
-
-
-def closed_up(running: Sequence[object]) -> list[int]:
-    """The rows that run, in such an order that few move: the last ones fill what others leave."""
-    count = sum(map(bool, running))
-    movers = iter([row for row in range(count, len(running)) if running[row]])
-    return [row if running[row] else next(movers) for row in range(count)]
 
 
 def _numbers(logits: Tensor, device: torch.device, memory: Memory | None) -> Tensor:

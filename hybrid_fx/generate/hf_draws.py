@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .choose import Memory, probabilities
+from .host import to_device
 
 #: Elements to draw at a time: they stay in the processor's cache.
 _CHUNK = 2**18
@@ -41,7 +42,7 @@ class HFDraws:
         if list(rows) == list(range(self._batch)):
             return torch.multinomial(p, num_samples=1).squeeze(1)
         noise = self._noise.take(self._batch, p.shape[1], p.dtype, p.device).exponential_()
-        return p.div_(noise[torch.tensor(rows, device=p.device)]).argmax(-1)
+        return p.div_(noise[to_device(torch.tensor(rows), p.device)]).argmax(-1)
 
     def _row_by_row(self, p: Tensor, rows: Sequence[int]) -> Tensor:
         size = p.shape[1]

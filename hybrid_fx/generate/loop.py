@@ -16,6 +16,7 @@ from .checks import position_limit
 from .choose import Choose, largest
 from .decode import Settings, decode
 from .hf_draws import HFDraws
+from .host import is_asynchronous
 from .own_draws import OwnDraws
 from .prompt import prefill, prompt_columns
 from .protocol import Runner
@@ -30,6 +31,7 @@ def generate_fast(
     *,
     sampling: str = "hf",
     on_waiting: Callable[[str, int], None] | None = None,
+    alone: bool = True,
 ) -> Any:
     """Decode by :func:`~hybrid_fx.generate.decode.decode` within HF's ``generate``.
 
@@ -37,6 +39,8 @@ def generate_fast(
 
     Args:
         sampling: ``"hf"`` draws what HF draws, ``"per_sequence"`` by a generator of each row's.
+        alone: Whether this process forwards by itself. Where ranks do so together, each counts on
+            the forwards of the others, and none is queued that may be dropped.
         on_waiting: As of :func:`~hybrid_fx.generate.generate`.
 
     Returns:
@@ -80,6 +84,7 @@ def generate_fast(
                     streamer=streamer,
                     rows_apart=runner.rows_apart,
                     limit=position_limit(model.config),
+                    ahead=alone and is_asynchronous(input_ids.device),
                 ),
             )
         finally:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .choose import Memory, probabilities
+from .host import to_device
 
 #: Probabilities that are summed at a time; the token is then looked for in one such block.
 _BLOCK = 512
@@ -38,7 +39,7 @@ class OwnDraws:
         p = probabilities(scores, self._probabilities)
         numbers = [uniform(self._seed, row, self._step) for row in rows]
         self._step += 1
-        return inverse(p, torch.tensor(numbers, dtype=torch.float64, device=p.device))
+        return inverse(p, to_device(torch.tensor(numbers, dtype=torch.float64), p.device))
 
 
 def uniform(seed: int, row: int, step: int) -> float:

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.generation import logits_process
 
-from hybrid_fx.generate.decode import closed_up
+from hybrid_fx.generate.running import closed_up
 from hybrid_fx.generate.staying import PROCESSORS, of_rows
 
 ROWS = prompt((3, 9, 1, 6, 4, 7))

@@ -11,27 +11,78 @@ _FAST = (
 )
 _LEAVING = "tests/generate/test_generate_leaving.py"
 _PROMPTS = "tests/generate/test_generate_prompts.py"
+_AHEAD = "tests/generate/test_generate_ahead.py"
 _DRAWS = "tests/generate/test_generate_draws.py"
 
 GROUPS = (
+    Group(
+        "decoding loop",
+        "hybrid_fx/generate/running.py",
+        _FAST,
+        (
+            Fault("positions stand still", "(self._last + 1)", "(self._last + 0)"),
+            Fault(
+                "rows that leave take their places with them",
+                "self._last = self._last[places]",
+                "self._last = self._last[: len(stay)]",
+            ),
+            Fault(
+                "a row that waits leaves the positions", ".clamp_max(self._end)", "", (_PROMPTS,)
+            ),
+        ),
+    ),
+    Group(
+        "looking ahead",
+        "hybrid_fx/generate/running.py",
+        (_AHEAD,),
+        (
+            Fault(
+                "what is chosen of belongs to rows that left",
+                "self._logits = self._logits[places]",
+                "self._logits = self._logits[: len(stay)]",
+            ),
+        ),
+    ),
+    Group(
+        "looking ahead",
+        "hybrid_fx/generate/decode.py",
+        (_AHEAD,),
+        (
+            Fault(
+                "a forward is queued behind the last step",
+                "settings.ahead and record.ids.shape[1] < config.max_length",
+                "settings.ahead",
+            ),
+            Fault("no forward is queued", "queued = settings.ahead and", "queued = False and"),
+            Fault("a step is forwarded twice", "if not queued:", "if True:"),
+        ),
+    ),
+    Group(
+        "looking ahead",
+        "hybrid_fx/generate/host.py",
+        (_AHEAD,),
+        (
+            Fault(
+                "a streamer is given memory of the loop", "self._host[0].clone()", "self._host[0]"
+            ),
+        ),
+    ),
+    Group(
+        "looking ahead",
+        "hybrid_fx/generate/loop.py",
+        (_AHEAD,),
+        (Fault("ranks forward what others do not", "ahead=alone and ", "ahead="),),
+    ),
     Group(
         "decoding loop",
         "hybrid_fx/generate/decode.py",
         _FAST,
         (
             Fault(
-                "positions stand still", "        last = last + 1\n", "        last = last + 0\n"
-            ),
-            Fault(
                 "finished rows go on",
                 "tokens = chosen * self.unfinished + pad * (1 - self.unfinished)",
                 "tokens = chosen + pad * 0",
                 (f"{_LEAVING}::test_rows_stay_where_something_may_look_across_them",),
-            ),
-            Fault(
-                "rows that leave take their places with them",
-                "last = last[places]",
-                "last = last[: len(stay)]",
             ),
             Fault(
                 "finished rows stay",
@@ -47,14 +98,14 @@ GROUPS = (
             ),
             Fault(
                 "finished rows are counted as running",
-                "record.waited += len(stay) - sum(runs)",
-                "record.waited += len(stay)",
+                "record.waited += len(runs) - sum(runs)",
+                "record.waited += len(runs)",
                 ("tests/runtime/test_loop_statistics.py",),
             ),
             Fault(
                 "processors are told of the first rows",
-                "process = of_rows(settings.process, index)",
-                "process = of_rows(settings.process, torch.arange(len(rows)))",
+                "process = of_rows(settings.process, running.index)",
+                "process = of_rows(settings.process, torch.arange(len(runs)))",
                 (f"{_LEAVING}::test_a_penalty_that_skips_each_rows_padding_follows_the_rows",),
             ),
         ),
@@ -170,12 +221,6 @@ GROUPS = (
                 "                # rows",
             ),
         ),
-    ),
-    Group(
-        "lengths of rows",
-        "hybrid_fx/generate/decode.py",
-        (_PROMPTS,),
-        (Fault("a row that waits leaves the positions", ".clamp_max(end)", ""),),
     ),
     Group(
         "decoding loop",
