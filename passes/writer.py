@@ -14,7 +14,7 @@ from .operators import operator_name
 
 #: Names that the source uses for something else.
 _RESERVED = frozenset(
-    "op slice inf nan Ellipsis weights prepared keys values implementations shards".split()
+    "op slice inf nan Ellipsis weights prepared errors keys values implementations shards".split()
 )
 
 #: Lines are broken behind commas at this width.

@@ -25,15 +25,13 @@ from ..runtime.shared_rows import SharedRows
 from .plans import Plans
 from .proof import said
 from .prover import Prover
+from .sides import side_of
 from .source import Ask, Source
 from .stats import Stats
 from .together import NO_MEMORY, Together, fault_of
 from .versions import WeightTracker
 
 logger = logging.getLogger("hybrid_fx")
-
-#: Fold an adapter only where rounding takes less than this share of it (law of ``lora="auto"``).
-FOLD_LIMIT = 0.05
 
 
 class ModelGraphs:
@@ -200,7 +198,7 @@ class ModelGraphs:
             "%s runs as transformers' module: %s", type(self._model).__name__, self.failure
         )
 
-    def _make_runner(self, plan: Plan) -> PlanRunner:
+    def _make_runner(self, plan: Plan, side: frozenset[str] = frozenset()) -> PlanRunner:
         return PlanRunner(
             plan,
             device=self._device(),
@@ -212,6 +210,7 @@ class ModelGraphs:
             gather=self._source.gather,
             stream=self._source.stream,
             rows=self.rows,
+            measures=self._config.lora == "auto" and not side,
         )
 
     def _device(self) -> torch.device:
@@ -252,7 +251,11 @@ class ModelGraphs:
 
     def _prepare_proven(self, tensors: dict[str, Tensor], prove: bool) -> object:
         """Prepare; at a plan's first use, prove it before. Returns what is wrong with it."""
-        wrong = self._team.shared(fault_of(lambda: self._choose_side(tensors)))
+        # Where all adapters were folded the last time, a prepare measures what it folds anew.
+        folds = bool(self.errors) and not self._side and not prove
+        wrong = None
+        if not folds:
+            wrong = self._team.shared(fault_of(lambda: self._choose_side(tensors)))
         needed = self._proven is not self.runner or (prove and self._source.joint)
         needed = prove if self._source.stream is not None else needed  # on all ranks, or on none
         if wrong is None and needed:
@@ -266,6 +269,10 @@ class ModelGraphs:
             with rows.laying_out(tensors, self._tracker.follow) if rows else nullcontext():
                 self.runner.prepare(tensors)
             self._stats.count("prepares")
+            if folds and side_of(self.runner.errors):
+                self.errors = {}
+                return self._prepare_proven(tensors, prove)
+            self.errors = self.runner.errors if folds else self.errors
         return wrong
 
     def _prove(self, tensors: dict[str, Tensor]) -> object:
@@ -287,10 +294,10 @@ class ModelGraphs:
         if self._config.lora != "auto" or not self._folding.plan.manifest.lora:
             return
         errors = self._folding.measure(tensors)
-        side = frozenset(site for site, error in errors.items() if error >= FOLD_LIMIT)
+        side = side_of(errors)
         if side != self._side:
             old = self.runner
-            new = self._make_runner(self._plans.plan(side)) if side else self._folding
+            new = self._make_runner(self._plans.plan(side), side) if side else self._folding
             old.release()
             self.runner, self._side = new, side
         self.errors = errors

@@ -13,9 +13,10 @@ from ..generate import causal_lm
 from ..passes.outcome import LayerReport, Missed
 from .copies import PreparedCopy, prepared_copies
 from .explain import Explanation, LoraDecision
-from .graphs import FOLD_LIMIT, ModelGraphs
+from .graphs import ModelGraphs
 from .iteration import readable_bytes
 from .pass_table import pass_reports
+from .sides import FOLD_LIMIT
 from .stats import Stats
 from .training_graphs import TrainingGraphs
 

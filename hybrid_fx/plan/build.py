@@ -193,8 +193,14 @@ def _streamed(graph: fx.Graph) -> tuple[Streamed, ...]:
     )
 
 
-def _by_layer(graph: fx.Graph, layers: Sequence[str], outputs: Sequence[fx.Node]) -> fx.Graph:
-    """A copy in which each layer's nodes stand together, followed by the stores of its results."""
+def _by_layer(
+    graph: fx.Graph, layers: Sequence[str], outputs: Mapping[str, Sequence[fx.Node]]
+) -> fx.Graph:
+    """A copy in which each layer's nodes stand together, followed by the stores of its results.
+
+    Args:
+        outputs: What is stored where: the name of a parameter of the source to nodes of ``graph``.
+    """
     groups: list[list[fx.Node]] = [[] for _ in range(len(layers) + 1)]
     group_of: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -207,58 +213,68 @@ def _by_layer(graph: fx.Graph, layers: Sequence[str], outputs: Sequence[fx.Node]
     for node in graph.nodes:
         if node.op == "placeholder":
             copies[node] = new.node_copy(node)
-    target = new.placeholder("prepared")
-    target.meta |= {"path": "", "input": "prepared"}
+    targets = {name: new.placeholder(name) for name in outputs}
+    for name, target in targets.items():
+        target.meta |= {"path": "", "input": name}
     for group in groups:
         members = set(group)
         for node in group:
             copies[node] = new.node_copy(node, lambda n: copies[n])
-        for index, node in enumerate(outputs):
-            if node in members or (node.op == "placeholder" and group is groups[0]):
-                stored = new.call_function(OPERATORS["store"], (target, index, copies[node]))
-                stored.meta["path"] = ""
+        for name, nodes in outputs.items():
+            for index, node in enumerate(nodes):
+                if node in members or (node.op == "placeholder" and group is groups[0]):
+                    arguments = (targets[name], index, copies[node])
+                    stored = new.call_function(OPERATORS["store"], arguments)
+                    stored.meta["path"] = ""
     new.output(None)
     return new
 
 
 def _prepare_source(staged: Hoisted, layers: Sequence[str]) -> tuple[str, list[str]]:
-    """The prepare graph as source, with a function that measures each fold; and their sites."""
-    graph = staged.prepare
-    results = next(n for n in graph.nodes if n.op == "output").args[0]
-    assert isinstance(results, tuple)
-    parameters = ("weights", "prepared")
-    source = emit(
-        _by_layer(graph, layers, results),
-        function="prepare",
-        parameters=parameters,
-        layer_name="prepare_layer",
-        layers=layers,
-    )
+    """The prepare graph as source, and the sites of its folds.
+
+    Where there are some, it stores the error of each beside its results; and a second function
+    stores the errors alone.
+    """
+    graph = copy_graph(staged.prepare)
     folds = calls(graph, "fold_lora", "fold_dora")
+    sites = [site_of(path_of(fold)) for fold in folds]
+    errors = [_measured(graph, fold) for fold in folds]
+    output = next(n for n in graph.nodes if n.op == "output")
+    results = output.args[0]
+    assert isinstance(results, tuple)
+
+    def source(function: str, outputs: Mapping[str, Sequence[Any]]) -> str:
+        return emit(
+            _by_layer(graph, layers, outputs),
+            function=function,
+            parameters=("weights", *outputs),
+            layer_name=f"{function}_layer",
+            layers=layers,
+        )
+
     if not folds:
-        return source, []
-    measured = copy_graph(graph)
-    errors = [_error(measured, fold) for fold in calls(measured, "fold_lora", "fold_dora")]
-    output = next(n for n in measured.nodes if n.op == "output")
+        return source("prepare", {"prepared": results}), []
+    prepare = source("prepare", {"prepared": results, "errors": errors})
     output.args = (tuple(errors),)
-    _drop_unused(measured)
-    source += "\n\n" + emit(
-        _by_layer(measured, layers, errors),
-        function="measure",
-        parameters=parameters,
-        layer_name="measure_layer",
-        layers=layers,
-    )
-    return source, [site_of(path_of(fold)) for fold in folds]
+    _drop_unused(graph)
+    return prepare + "\n\n" + source("measure", {"errors": errors}), sites
 
 
-def _error(graph: fx.Graph, fold: fx.Node) -> fx.Node:
-    """A node behind ``fold`` that measures what rounding takes of it."""
+def _measured(graph: fx.Graph, fold: fx.Node) -> fx.Node:
+    """Put a fold that measures in the place of one; its error, which is what rounding takes."""
     measure = OPERATORS[str(name_of(fold)).replace("fold", "measured")]
     with after(graph, fold):
         both = graph.call_function(measure, fold.args)
-        error = graph.call_function(OPERATORS["getitem"], (both, 1))
-    both.meta["path"] = error.meta["path"] = path_of(fold)
+        folded, error = (
+            graph.create_node("call_function", OPERATORS["getitem"], (both, place), name=name)
+            for place, name in enumerate(("folded", "error"))
+        )
+    for node in (both, folded, error):
+        node.meta["path"] = path_of(fold)
+    folded.meta["val"] = value_of(fold)
+    fold.replace_all_uses_with(folded)
+    graph.erase_node(fold)
     return error
 
 

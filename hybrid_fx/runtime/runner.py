@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import EngineClosedError, InputError
 from ..passes.collectives import Group
-from ..passes.folding import piece_bytes
+from ..passes.folding import piece_bytes, unmeasured_dora, unmeasured_lora
 from ..passes.layers import layer_of
 from ..passes.operators import OPERATORS
 from ..passes.packing import most_bytes, packs
@@ -42,6 +42,7 @@ class PlanRunner:
         gather: Makes sharded weights whole; ``None`` where all are.
         stream: Does so for a plan whose layers gather their own weights.
         rows: Where weights that are stacked lie in one buffer; ``None`` copies them.
+        measures: Whether a fold measures what rounding takes of it, for :attr:`errors`.
     """
 
     holds_keys = True
@@ -59,6 +60,7 @@ class PlanRunner:
         gather: Gather | None = None,
         stream: Stream | None = None,
         rows: SharedRows | None = None,
+        measures: bool = True,
     ) -> None:
         if (plan.manifest.ranks > 1) != (group is not None):
             raise InputError(
@@ -75,6 +77,8 @@ class PlanRunner:
         table: dict[str, Callable[..., Any]] = dict(OPERATORS)
         if gather is not None:
             table["gather"] = gather
+        if not measures:
+            table |= {"measured_lora": unmeasured_lora, "measured_dora": unmeasured_dora}
         if rows is not None and not writes_in_place(plan.sources["prepare"]):
             table["concat_rows"] = rows.concat_rows
         self._stream = stream if plan.manifest.streamed else None
@@ -93,6 +97,7 @@ class PlanRunner:
                         function.__globals__[name] = lower(function)
         self.workspace = Workspace(plan.manifest.kv, device)
         self.prepared = PreparedTensors(plan.manifest.prepared, gather, rows)
+        self._measured = Measured()
         self._open: PlanSession | None = None
         #: Whether a row may be computed beside other rows than those of its call: a probe tells.
         self.rows_apart = False
@@ -153,7 +158,9 @@ class PlanRunner:
             self.prepared.release()  # memory is short: nothing stands beside what is made anew
         self.prepared.begin()
         with torch.no_grad(), self._weights(tensors) as weights:
-            self._functions["prepare"]["prepare"](weights, self.prepared)
+            self._measured = Measured()
+            stores = (self.prepared, self._measured)[: 2 if self.plan.manifest.lora else 1]
+            self._functions["prepare"]["prepare"](weights, *stores)
         self.prepared.finish()
         self._shards = by_layer(self.plan.manifest.streamed, tensors)
         if self._stream is not None:
@@ -163,13 +170,24 @@ class PlanRunner:
                 is_weight(tensor)
 
     def measure(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        """The largest relative error a fold makes at each adapted place of the layers."""
-        sites = [str(site) for site in self.plan.manifest.lora]
-        if not sites:
+        """The :attr:`errors` of the folds of these weights, with nothing prepared."""
+        if not self.plan.manifest.lora:
             return {}
         measured = Measured()
         with torch.no_grad(), self._weights(tensors) as weights:
             self._functions["prepare"]["measure"](weights, measured)
+        return self._worst(measured)
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The largest relative error that a fold made at each adapted place of the layers.
+
+        Of the latest prepare, where that measures; all of them 0 where not.
+        """
+        return self._worst(self._measured)
+
+    def _worst(self, measured: Measured) -> dict[str, float]:
+        sites = [str(site) for site in self.plan.manifest.lora]
         worst: dict[str, float] = {}
         for site, error in zip(sites, measured.floats(len(sites)), strict=True):
             worst[site] = max(worst.get(site, 0.0), error)

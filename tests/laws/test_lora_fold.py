@@ -11,6 +11,7 @@ from tiny_models import adapted, prompt, randomize_adapters, tiny
 from torch import Tensor
 
 import hybrid_fx
+from hybrid_fx.runtime import PlanRunner
 
 #: Leave a fold as the tensor that is prepared.
 NO_CONCAT = ("concat_qkv", "concat_gate_up", "pack_weights")
@@ -171,6 +172,28 @@ def test_auto_folds_as_soon_as_the_adapter_has_grown_and_goes_back() -> None:
             assert float((ours - theirs).norm() / theirs.norm()) < 0.03
         assert engine.stats.counters["captures"] + engine.stats.counters["cache_hits_disk"] >= 1
         assert engine.stats.counters["hf_forwards"] == 0
+
+
+def test_a_fold_measures_itself_as_long_as_all_adapters_fold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measures: list[int] = []
+    measure = PlanRunner.measure
+    monkeypatch.setattr(
+        PlanRunner, "measure", lambda self, tensors: (measures.append(1), measure(self, tensors))[1]
+    )
+    model = small_lora(1.0)
+    with hybrid_fx.hybridize(model) as engine:
+        # (size of the adapters, measures by themselves so far, times that weights were prepared)
+        steps = ((1.0, 1, 1), (0.5, 1, 2), (0.7, 1, 3), (3e-5, 2, 5), (2e-5, 3, 6), (1.0, 4, 7))
+        for size, measured, prepares in steps:
+            grow(model, size)
+            graphs = engine._graphs
+            graphs.ready()
+            assert len(measures) == measured, size
+            assert engine.stats.counters["prepares"] == prepares, size
+            assert graphs.errors == pytest.approx(measure(graphs._folding, graphs.tensors()))
+            assert choices(engine) == {"side" if size < 1e-3 else "fold"}
 
 
 def test_auto_decides_for_each_place() -> None:

@@ -198,8 +198,13 @@ GROUPS = (
         (
             Fault(
                 "the stated error is the folded weight",
-                'graph.call_function(OPERATORS["getitem"], (both, 1))',
-                'graph.call_function(OPERATORS["getitem"], (both, 0))',
+                'enumerate(("folded", "error"))',
+                'enumerate(("folded", "error"), -1)',
+            ),
+            Fault(
+                "a prepare stores no errors",
+                '{"prepared": results, "errors": errors}',
+                '{"prepared": results, "errors": []}',
             ),
             Fault(
                 "places that stay branches are not told to the pass",
@@ -222,9 +227,41 @@ GROUPS = (
     ),
     Group(
         "fold_lora",
-        "hybrid_fx/engine/graphs.py",
+        "hybrid_fx/engine/sides.py",
         _LAW,
         (Fault("auto folds whatever rounding takes", "FOLD_LIMIT = 0.05", "FOLD_LIMIT = 5.0"),),
+    ),
+    Group(
+        "fold_lora",
+        "hybrid_fx/engine/graphs.py",
+        _LAW,
+        (
+            Fault(
+                "what folded once is folded for ever",
+                "if folds and side_of(self.runner.errors):",
+                "if folds and side_of({}):",
+            ),
+            Fault(
+                "a fold is measured twice",
+                "folds = bool(self.errors) and not self._side and not prove",
+                "folds = False",
+            ),
+            Fault(
+                "a branch is not measured again",
+                "folds = bool(self.errors) and not self._side and not prove",
+                "folds = bool(self.errors) and not prove",
+            ),
+            Fault(
+                "the stated errors are those of the first weights",
+                "self.errors = self.runner.errors if folds else self.errors",
+                "self.errors = self.errors",
+            ),
+            Fault(
+                "a fold does not measure itself",
+                'measures=self._config.lora == "auto" and not side,',
+                "measures=False,",
+            ),
+        ),
     ),
     Group(
         "fold_lora",

@@ -252,8 +252,8 @@ GROUPS = (
         (
             Fault(
                 "prepared tensors are stored under the wrong number",
-                "(target, index, copies[node])",
-                "(target, len(outputs) - 1 - index, copies[node])",
+                "(targets[name], index, copies[node])",
+                "(targets[name], len(nodes) - 1 - index, copies[node])",
                 _SESSIONS,
             ),
             Fault(
