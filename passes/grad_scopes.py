@@ -45,7 +45,8 @@ def _cut(graph: fx.Graph, node: fx.Node, carrying: set[fx.Node]) -> int:
                 cut = call(graph, "detach", source, path=path_of(node))
             node.replace_input_with(source, cut)
             count += 1
-    if any(s in carrying and value_of(s) is not None and not _is_tensor(s) for s in node.args):
+    given = [one for one in node.args if isinstance(one, fx.Node)]  # slices have no hash
+    if any(s in carrying and value_of(s) is not None and not _is_tensor(s) for s in given):
         carrying.add(node)  # a piece of several values, such as a split: it is cut when it is one
         if _is_float(node):
             with after(graph, node):

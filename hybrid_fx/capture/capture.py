@@ -21,6 +21,7 @@ from ..errors import CaptureError
 from ..passes.graph import sweep
 from ..passes.operators import OPERATORS
 from .dynamo import Trace, trace
+from .grad_hooks import without_gradient_hooks
 from .peft_seam import traceable_adapters
 from .registry import canonical_attention
 
@@ -118,7 +119,7 @@ def capture(model: nn.Module, *, training: bool = False) -> Captured:
         for module in flags:
             module.training = training
         with torch.set_grad_enabled(training), canonical_attention(model):
-            with traceable_adapters(model):
+            with traceable_adapters(model), without_gradient_hooks(model):
                 traced = _trace(model, inputs)
     finally:
         for module, flag in flags.items():

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
+from ..passes.graph import fake_values
 from ..passes.operators import OPERATORS
 
 #: What the two symbolic sizes are while a graph is built. Static sizes of drawn graphs are taken
@@ -76,7 +77,7 @@ class Builder:
 
     def _evaluate(self, function: Any, args: Any, kwargs: Any) -> Any:
         fakes, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode, torch.no_grad():
+        with fake_values(self.mode):
             return function(*fakes, **options)
 
     def output(self, *results: Any) -> fx.Graph:

@@ -139,6 +139,23 @@ def test_hooks_that_edit_tensors_are_part_of_the_graph() -> None:
         assert torch.equal(run_graph(graph, named_tensors(model), ids, at), wanted)
 
 
+def test_hooks_that_ask_for_gradients_are_no_part_of_it_and_stay_in_their_places() -> None:
+    model = tiny("llama")
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output * 2)
+    model.enable_input_require_grads()
+    embeddings.register_forward_hook(lambda module, args, output: output + 1)
+    hooks = list(embeddings._forward_hooks.items())
+    graph = capture(model).graph
+    assert list(embeddings._forward_hooks.items()) == hooks
+    ids, at = tokens(2, 5)
+    with torch.no_grad():
+        wanted = logits(model, ids, at)
+    assert torch.equal(run_graph(graph, named_tensors(model), ids, at), wanted)
+    model.disable_input_require_grads()
+    assert list(embeddings._forward_hooks.items()) == [hooks[0], hooks[2]]
+
+
 def test_a_hook_that_keeps_tensors_in_python_is_refused() -> None:
     model = decoder("llama", layers=1)
     kept: list[Tensor] = []

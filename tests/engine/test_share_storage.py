@@ -255,7 +255,8 @@ def test_a_model_of_another_dtype_is_laid_out_again() -> None:
         same_tokens(engine)
         report = engine.explain()
         assert report.shared_bytes > 0
-        assert [copy.name for copy in report.copies] == ["model.rotary_emb.to"]
+        # transformers 5.17 keeps its frequencies in float32, and copies nothing.
+        assert {copy.name for copy in report.copies} <= {"model.rotary_emb.to"}
 
 
 def test_a_loss_that_is_alive_keeps_its_gradients_and_the_next_version_is_laid_out() -> None:

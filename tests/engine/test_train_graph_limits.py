@@ -17,6 +17,7 @@ from engine.training_steps import (
     packed,
     padded,
     served,
+    skip_if_untraced,
     step,
 )
 from tiny_models import VOCAB
@@ -227,6 +228,7 @@ def test_checkpointing_a_part_of_the_layers_is_refused_with_their_names() -> Non
     model.model.layers[0].gradient_checkpointing = False
     with hybridized(model) as engine:
         assert_same_step(step(engine, model, **padded()), step(model, model, **padded()))
+        skip_if_untraced(engine)
         assert "model.layers.0" in next(iter(engine.stats.fallbacks))
     assert model.model.layers[1].gradient_checkpointing
 
@@ -240,6 +242,7 @@ def test_autocast_is_honoured(case: str) -> None:
             assert_same_step(step(engine, model, **padded()), want)
         assert want.logits.dtype == torch.bfloat16
         assert_same_step(step(engine, model, **padded()), step(model, model, **padded()))
+        skip_if_untraced(engine, differs="transformers 5.17 leaves autocast for rotary angles")
         assert served(engine) == 2
         assert engine.stats.counters["captures"] == 2
 

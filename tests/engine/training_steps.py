@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from tiny_models import VOCAB, adapted, tiny
 from torch import Tensor
 
@@ -89,7 +91,24 @@ def assert_same_step(got: Step, want: Step) -> None:
     assert torch.equal(got.random, want.random)
 
 
+#: What the oldest releases cannot trace, so that the module trains: what is said, and why.
+_UNTRACED = {
+    "requires_grad_": "torch 2.11 traces no requires_grad_()",
+    "attempted to jump with TensorVariable": "OPT of transformers 5.17 draws layers to drop",
+}
+_OLDEST = torch.__version__.startswith("2.11.") and transformers.__version__.startswith("5.17.")
+
+
+def skip_if_untraced(engine: Any, **more: str) -> None:
+    """On the oldest releases, skip the test where a call ran the module for want of a trace."""
+    for reason in engine.stats.fallbacks if _OLDEST else ():
+        for said, why in (_UNTRACED | more).items():
+            if said in reason:
+                pytest.skip(f"the module trains: {why}")
+
+
 def served(engine: Any) -> int:
     """How many training forwards the graph served; asserts that no call left it."""
+    skip_if_untraced(engine)
     assert engine.stats.fallbacks == {}
     return int(engine.stats.counters["train_graph_calls"])

@@ -18,12 +18,14 @@ from generate.same_as_hf import (
     same_as_hf,
     shared_model,
 )
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import (
+    ExponentialDecayLengthPenalty,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -37,6 +39,19 @@ from hybrid_fx.generate.staying import PROCESSORS, of_rows
 ROWS = prompt((3, 9, 1, 6, 4, 7))
 #: Tokens that end a row: a random model says one of them every few steps.
 ENDS = [EOS, *range(5, 20)]
+#: Settings that ban tokens, and whether a penalty of lengths leaves a ban as it is. That of
+#: transformers 5.17 makes NaN of it, and generate draws from that.
+BANS = {"min_new_tokens", "no_repeat_ngram_size", "bad_words_ids"}
+_LONGER = ExponentialDecayLengthPenalty((2, 1.3), 0, 1)
+BAN_HOLDS = not _LONGER(torch.zeros(1, 9), torch.tensor([[-torch.inf, 0.0]])).isnan().any()
+
+
+def _penalty(factor: float, begins: torch.Tensor) -> LogitsProcessor:
+    """A repetition penalty that leaves out as many tokens of each row, [B]."""
+    try:
+        return RepetitionPenaltyLogitsProcessor(factor, prompt_ignore_length=begins)
+    except ValueError:
+        pytest.skip("transformers 5.17 takes one prompt_ignore_length for all rows")
 
 
 def rows_fed(ran: Ran) -> list[int]:
@@ -90,6 +105,9 @@ def test_whatever_ends_rows_the_draws_are_hfs(
     settings: dict[str, Any],
     seed: int,
 ) -> None:
+    assume(
+        BAN_HOLDS or "exponential_decay_length_penalty" not in settings or not BANS & {*settings}
+    )
     asked = {"do_sample": True, "max_new_tokens": 10, "eos_token_id": ends, "pad_token_id": PAD}
     ran = same_as_hf(
         shared_model(family),
@@ -214,9 +232,7 @@ def test_a_penalty_that_skips_each_rows_padding_follows_the_rows(returns: int) -
     skipped = torch.tensor([9, 0, 9, 0, 9, 0]).repeat_interleave(returns)
 
     def make() -> dict[str, Any]:
-        kind = logits_process.RepetitionPenaltyLogitsProcessor
-        penalty = kind(9.0, prompt_ignore_length=skipped.clone())
-        return {"logits_processor": LogitsProcessorList([penalty])}
+        return {"logits_processor": LogitsProcessorList([_penalty(9.0, skipped.clone())])}
 
     asked = {"max_new_tokens": 30, "eos_token_id": ENDS[:5], "do_sample": True, "top_k": 0}
     ran = same_as_hf(shared_model(), **ROWS, **asked, num_return_sequences=returns, make=make)
@@ -228,8 +244,7 @@ def test_a_penalty_of_some_rows_is_theirs_and_the_callers_stays() -> None:
     ids = torch.randint(3, VOCAB, (6, 12), generator=draw)
     scores = torch.randn(6, VOCAB, generator=draw)
     begins = torch.tensor([6, 0, 8, 3, 5, 2])
-    kind = logits_process.RepetitionPenaltyLogitsProcessor
-    given = LogitsProcessorList([TemperatureLogitsWarper(0.8), kind(1.9, begins)])
+    given = LogitsProcessorList([TemperatureLogitsWarper(0.8), _penalty(1.9, begins)])
     rows = torch.tensor([5, 2, 1])
     found = of_rows(given, rows)(ids[rows], scores[rows])
     assert torch.equal(found, given(ids, scores)[rows])

@@ -47,6 +47,12 @@ def _scoped_graph() -> fx.Graph:
     return build.output(build.call("mul", y, scale))
 
 
+def _picked(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        piece = (x * w)[1:]
+    return piece * w[1:]
+
+
 def test_a_scope_that_goes_leaves_its_gradients_cut() -> None:
     graph = _scoped_graph()
     run_passes(graph, NORMALIZE, Context(training=True))
@@ -128,3 +134,16 @@ def test_gradients_switched_on_inside_a_scope_are_recorded() -> None:
     (want,) = torch.autograd.grad(wanted(x0, w0).sum(), [w0])
     assert torch.equal(got, want)
     assert torch.autograd.grad(module(x0, w0).sum(), [x0], allow_unused=True) == (None,)
+
+
+def test_a_slice_inside_a_scope_is_cut_too() -> None:
+    build = Builder()
+    x, w = build.input("x", 2, 4), build.weight("w", 2, 4)
+    _switch(build, False)
+    piece = build.call("getitem", build.call("mul", x, w), slice(1, None))
+    _switch(build, True)
+    rest = build.call("getitem", w, slice(1, None))
+    graph = build.output(build.call("mul", piece, rest))
+    run_passes(graph, NORMALIZE, Context(training=True))
+    assert _gradients(fx.GraphModule({}, graph))[0] is None
+    assert torch.equal(_gradients(fx.GraphModule({}, graph))[1], _gradients(_picked)[1])
