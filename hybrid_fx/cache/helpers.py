@@ -29,6 +29,10 @@ from .fingerprint import (
 # Told by their versions; what is patched in their classes is read with the classes.
 _BY_VERSION = frozenset(("torch", "builtins", "hybrid_fx")) | sys.stdlib_module_names
 
+# What transformers 5.17 notes of each model class it builds, in a plain dict: which outputs can be
+# asked for. Later ones have a class for it.
+_REGISTRIES = frozenset({("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY")})
+
 _CONSTANTS = frozenset(
     (type(None), bool, int, float, str, list, tuple, dict, set, frozenset, OrderedDict, defaultdict)
 )
@@ -152,6 +156,7 @@ def helper_modules(
         space = group[0].__globals__
         name = str(space.get("__name__", ""))
         used = _used(space, (function.__code__ for function in group))
-        live = [(key, _told(used[key], prints, name)) for key in sorted(used)]
+        keys = sorted(key for key in used if (name, key) not in _REGISTRIES)
+        live = [(key, _told(used[key], prints, name)) for key in keys]
         result.append((name, file_digest(space.get("__file__")), sha256(text(live))))
     return tuple(sorted(result))
