@@ -253,9 +253,7 @@ class ModelGraphs:
         """Prepare; at a plan's first use, prove it before. Returns what is wrong with it."""
         # Where all adapters were folded the last time, a prepare measures what it folds anew.
         folds = bool(self.errors) and not self._side and not prove
-        wrong = None
-        if not folds:
-            wrong = self._team.shared(fault_of(lambda: self._choose_side(tensors)))
+        wrong = None if folds else self._team.shared(fault_of(lambda: self._choose_side(tensors)))
         needed = self._proven is not self.runner or (prove and self._source.joint)
         needed = prove if self._source.stream is not None else needed  # on all ranks, or on none
         if wrong is None and needed:
@@ -269,10 +267,11 @@ class ModelGraphs:
             with rows.laying_out(tensors, self._tracker.follow) if rows else nullcontext():
                 self.runner.prepare(tensors)
             self._stats.count("prepares")
-            if folds and side_of(self.runner.errors):
+            measured = self.runner.errors if folds else self.errors
+            if folds and side_of(measured):
                 self.errors = {}
                 return self._prepare_proven(tensors, prove)
-            self.errors = self.runner.errors if folds else self.errors
+            self.errors = measured
         return wrong
 
     def _prove(self, tensors: dict[str, Tensor]) -> object:

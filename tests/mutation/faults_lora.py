@@ -238,7 +238,7 @@ GROUPS = (
         (
             Fault(
                 "what folded once is folded for ever",
-                "if folds and side_of(self.runner.errors):",
+                "if folds and side_of(measured):",
                 "if folds and side_of({}):",
             ),
             Fault(
@@ -253,8 +253,8 @@ GROUPS = (
             ),
             Fault(
                 "the stated errors are those of the first weights",
-                "self.errors = self.runner.errors if folds else self.errors",
-                "self.errors = self.errors",
+                "measured = self.runner.errors if folds else self.errors",
+                "measured = self.errors",
             ),
             Fault(
                 "a fold does not measure itself",
