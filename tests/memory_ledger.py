@@ -23,14 +23,13 @@ def live_bytes() -> int:
     What a tensor keeps alive around its own storage is not seen.
     """
     spans: set[tuple[int, int]] = set()
-    opaque: dict[int, int] = {}
     for value in gc.get_objects():
         # By the type itself: isinstance() asks objects that answer with warnings.
         kind = type(value)
         if not issubclass(kind, Tensor) or issubclass(kind, FakeTensor):
             continue
         if value.layout == torch._mkldnn:
-            opaque[address(value)] = packed_bytes(value)
+            spans.add((address(value), packed_bytes(value)))
         elif not value.is_meta and value.layout == torch.strided:
             storage = value.untyped_storage()
             spans.add((storage.data_ptr(), storage.nbytes()))
@@ -38,7 +37,7 @@ def live_bytes() -> int:
     for start, size in sorted(spans):
         covered += max(0, start + size - max(start, end))
         end = max(end, start + size)
-    return covered + sum(opaque.values())
+    return covered
 
 
 def address(tensor: Tensor) -> int:

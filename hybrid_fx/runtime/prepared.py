@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..passes.packing import packed_bytes, refill
 from ..plan.records import Prepared
+from .huge_pages import block
+from .placing import place
 from .shared_rows import SharedRows
 
 #: A tensor in memory that is this many times its own is a slice; what was gathered is padded.
@@ -110,9 +112,12 @@ class PreparedTensors:
         self._next[index] = value
 
     def _refilled(self, index: int, value: Tensor) -> Tensor:
-        """A packed weight in the memory that the last version left, where it fits."""
+        """A packed weight in the memory that the last version left; huge pages the first time."""
         kept = self._kept[index]
-        return kept if kept is not None and refill(kept, value) else value
+        if kept is not None and refill(kept, value):
+            return kept
+        memory = block(packed_bytes(value))
+        return value if memory is None else place(value, memory)
 
     def _owned(self, index: int, value: Tensor) -> bool:
         wanted = self._wanted[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Fault, Group
 
 _PACKING = ("tests/passes/test_pack_weights.py",)
+_HUGE = ("tests/runtime/test_huge_pages.py",)
 _PREPARED = ("tests/runtime/test_prepared_tensors.py",)
 
 GROUPS = (
@@ -49,6 +50,30 @@ GROUPS = (
             ),
             Fault("an opaque weight is refilled", "if wanted.packed and value.", "if value."),
             Fault("a packed weight is lent", "if wanted.packed and value.", "if False and value."),
+        ),
+    ),
+    Group(
+        "huge pages",
+        "hybrid_fx/runtime/huge_pages.py",
+        _HUGE,
+        (
+            Fault("a block begins anywhere", "count=nbytes, offset=begin", "count=nbytes"),
+            Fault("small blocks take a page", "nbytes < PAGE or ", ""),
+            Fault("pages stay small", "advise(memory, wanted", "advise(memory, mmap.MADV_NORMAL"),
+        ),
+    ),
+    Group(
+        "placing",
+        "hybrid_fx/runtime/placing.py",
+        _HUGE,
+        (
+            Fault("memory is freed while a weight is read", "placed._memory = memory", "pass"),
+            Fault(
+                "a placed weight is never freed",
+                "alloc_tensors_by_stealing_from_void_ptrs([_capsule(made)])",
+                "alloc_tensor_by_stealing_from_void_ptr(_capsule(made)),",
+            ),
+            Fault("the bytes are not moved", "packed_bytes(packed))\n    return", "0)\n    return"),
         ),
     ),
     Group(
