@@ -1,8 +1,9 @@
 """iteration: one whole GRPO step, against the same loop with ``transformers.generate``.
 
 A step is the rollout of the grpo workload (switch included), rewards, and the update: the
-log-probabilities of the sampled tokens, the loss, its backward, and AdamW. Rows learn in batches
-of ``--rows-at-once``, sorted by length and cut to the longest; logits are those of new tokens.
+log-probabilities of the sampled tokens, the loss, its backward, and AdamW. Both sides learn in each
+way of ``--learning``: by rows, or each prompt once with its samples behind it (``learning.py``), at
+most ``--rows-at-once`` in a backward.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import forced
 import torch
 from forced import Work
 from grpo import WAYS, roll_out
+from learning import LEARNING, Learning
 from measure import Timer, compared, in_turn
 from record import Column, Result, Row, cell, spread_of
 from shapes import build
@@ -30,6 +32,7 @@ REPEAT = 3  # a turn with transformers is minutes on a CPU
 PARTS = ("rollout", "learn", "step")
 COLUMNS: tuple[Column, ...] = (
     ("transformers / hybrid_fx", cell("what")),
+    ("learning by", cell("learning")),
     ("transformers, s", cell("b_seconds", ".2f")),
     ("hybrid_fx, s", cell("a_seconds", ".2f")),
     ("ratio", cell("ratio", ".2f")),
@@ -42,28 +45,6 @@ def advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
-def objective(model: Any, out: Tensor, work: Work, rows: list[int], gains: Tensor) -> Tensor:
-    """Minus the gain of ``rows``, on policy: the gradient is that of the log-probabilities.
-
-    Args:
-        model: Called as a module; the engine, or the model itself.
-        out: Tokens [B, T + longest].
-        gains: Advantages [B].
-    """
-    prompt = work.ids.shape[1]
-    lengths = torch.tensor([work.lengths[row] for row in rows], device=out.device)
-    longest = int(lengths.max())
-    ids = out[rows, : prompt + longest]
-    mask = torch.ones_like(ids)
-    inside = torch.arange(longest, device=out.device) < lengths[:, None]
-    mask[:, prompt:] = inside
-    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest + 1).logits
-    log_probs = torch.log_softmax(logits[:, :-1].float(), -1)
-    chosen = log_probs.gather(2, ids[:, prompt:, None])[..., 0]
-    weight = torch.exp(chosen - chosen.detach()) * gains[rows, None]
-    return -(weight * inside).sum() / work.tokens
-
-
 class Loop:
     """One side: a model, how it generates, and its optimizer.
 
@@ -72,9 +53,13 @@ class Loop:
     """
 
     def __init__(
-        self, model: Any, options: Callable[[Work], dict[str, Any]], args: argparse.Namespace
+        self,
+        model: Any,
+        options: Callable[[Work], dict[str, Any]],
+        learning: Learning,
+        args: argparse.Namespace,
     ) -> None:
-        self._model, self._options = model, options
+        self._model, self._options, self._learning = model, options, learning
         self._shape = (args.prompts, args.samples)
         self._at_once, self._timer = args.rows_at_once, Timer(args.device, args.clock)
         self._optimizer = torch.optim.AdamW(list(model.parameters()), lr=1e-6)
@@ -89,10 +74,8 @@ class Loop:
         # Any reward does: the share of even tokens.
         even = (out[:, work.ids.shape[1] :] % 2 == 0).float().mean(1)
         gains = advantages(even.view(self._shape)).flatten()
-        order = sorted(range(len(work.lengths)), key=work.lengths.__getitem__)
-        for start in range(0, len(order), self._at_once):
-            rows = order[start : start + self._at_once]
-            objective(self._model, out, work, rows, gains).backward()
+        for part in self._learning(self._model, out, work, gains, self._at_once):
+            part.backward()
 
     def _step(self) -> None:
         self._optimizer.step()
@@ -121,17 +104,22 @@ def run(args: argparse.Namespace) -> Result:
     work = forced.work(model, args)
     settings, options = WAYS[args.ways[-1]]
     more = {"disk_cache": False, **settings, **args.options}
+    rows: list[Row] = []
+    notes: list[str] = []
     with hybrid_fx.hybridize(model, graph=args.graph, **more) as engine:
-        ours, theirs = Loop(engine, options, args), Loop(plain, Work.options, args)
-        ours(work)  # all of it: the first call makes plan, prepared tensors and workspace
-        theirs(work.short())
-        times = in_turn({"a": partial(ours, work), "b": partial(theirs, work)}, args.repeat)
-    rows: list[Row] = [compared("iteration", times["a"], times["b"])]
-    for name in PARTS:
-        a, b = (side.seconds[name][1:] for side in (ours, theirs))
-        rows.append(compared(name, a, b))
+        for name in args.learning:
+            learning = LEARNING[name]
+            ours = Loop(engine, options, learning, args)
+            theirs = Loop(plain, Work.options, learning, args)
+            ours(work)  # all of it: the first call makes plan, prepared tensors and workspace
+            theirs(work.short())
+            times = in_turn({"a": partial(ours, work), "b": partial(theirs, work)}, args.repeat)
+            rows.append(compared("iteration", times["a"], times["b"], learning=name))
+            for part in PARTS:
+                a, b = (side.seconds[part][1:] for side in (ours, theirs))
+                rows.append(compared(part, a, b, learning=name))
+            share = rows[-len(PARTS)]["a_ms"] / statistics.median(times["a"]) / 1000
+            notes.append(f"by {name}: rollout ({args.ways[-1]}) is {share:.0%} of our iteration")
     for row in rows:
         row |= {"a_seconds": row["a_ms"] / 1000, "b_seconds": row["b_ms"] / 1000}
-    share = statistics.median(ours.seconds["rollout"][1:]) / statistics.median(times["a"])
-    note = f"rollout of hybrid_fx: {args.ways[-1]}, {share:.0%} of its iteration"
-    return Result(rows=rows, columns=COLUMNS, notes=(note,))
+    return Result(rows=rows, columns=COLUMNS, notes=notes)

@@ -24,6 +24,7 @@ import peers
 import plot
 import switch
 import torch
+from learning import LEARNING
 from measure import CLOCKS
 from record import Result, save, show
 from shapes import SHAPES
@@ -73,6 +74,8 @@ def parser(text: str | None, workloads: Iterable[str]) -> argparse.ArgumentParse
     add("--samples", type=int, default=8, help="of each prompt of grpo and iteration")
     add("--longest", type=int, default=128, help="new tokens of grpo and iteration")
     add("--rows-at-once", type=int, default=8, help="of a backward of iteration")
+    learning = tuple(LEARNING)
+    add("--learning", nargs="+", choices=learning, default=learning, help="of iteration")
     add(
         "--ways",
         nargs="+",

