@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Fault, Group
 
 _FUSIONS = ("tests/passes/test_fusions.py",)
+_MLP = ("tests/passes/test_fuse_mlp.py", *_FUSIONS)
 
 GROUPS = (
     Group(
@@ -176,7 +177,7 @@ GROUPS = (
     Group(
         "fuse_mlp",
         "passes/fuse_mlp.py",
-        _FUSIONS,
+        _MLP,
         (
             Fault(
                 "the tanh form of GELU becomes the exact one", 'return "gelu_tanh"', 'return "gelu"'
@@ -226,7 +227,7 @@ GROUPS = (
     Group(
         "fuse_mlp",
         "passes/kernels.py",
-        _FUSIONS,
+        _MLP,
         (
             Fault(
                 "gate and up are swapped",

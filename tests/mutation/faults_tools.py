@@ -70,7 +70,11 @@ GROUPS = (
     Group(
         "rules",
         "passes/rewrite.py",
-        ("tests/passes/test_rewrite.py", "tests/passes/test_fusions.py"),
+        (
+            "tests/passes/test_rewrite.py",
+            "tests/passes/test_fuse_mlp.py",
+            "tests/passes/test_fusions.py",
+        ),
         (
             Fault(
                 "what others use counts as safe to replace",

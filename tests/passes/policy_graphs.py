@@ -12,13 +12,19 @@ from hybrid_fx.passes.driver import run_passes
 from hybrid_fx.passes.layers import layer_paths
 from hybrid_fx.passes.pipeline import OPTIONAL
 from hybrid_fx.passes.policies import POLICIES
-from hybrid_fx.passes.roles import match_layer
+from hybrid_fx.passes.roles import LayerMatch, Policy, match_layer
 
 
 def layers_of(graph: fx.Graph, **options: Any) -> Context:
     """What passes are told about a canonical graph."""
     layers = {path: match_layer(graph, path, POLICIES) for path in layer_paths(graph)}
     return Context(layers=layers, **options)
+
+
+def described(layer: str, policy: Policy) -> Context:
+    """What passes are told about a graph of one layer in which every role of a policy is found."""
+    roles = frozenset(role.name for role in policy.roles)
+    return Context(layers={layer: LayerMatch(layer, policy, roles, {})})
 
 
 def through(graph: fx.Graph, *names: str, told: Context | None = None) -> list[int]:
