@@ -64,7 +64,7 @@ def parser(text: str | None, workloads: Iterable[str]) -> argparse.ArgumentParse
     add("--shape", choices=sorted(SHAPES), default="q05")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", default="cpu")
-    add("--graph", choices=("eager", "inductor"), default="eager")
+    add("--graph", choices=("eager", "inductor", "cudagraphs"), default="eager")
     add("--peers", nargs="*", choices=peers.NAMES, default=peers.NAMES)
     add("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="of decode and passes")
     add("--prompt", type=int, default=64, help="tokens of the other workloads")

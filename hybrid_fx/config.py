@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 LoraMode = Literal["auto", "fold", "side"]
 FusionMode = Literal["measured", "all"]
-GraphMode = Literal["eager", "inductor"]
+GraphMode = Literal["eager", "inductor", "cudagraphs"]
 SamplingMode = Literal["hf", "per_sequence"]
 VerifyMode = Literal["off", "checksum"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lora": ("auto", "fold", "side"),
     "fusions": ("measured", "all"),
-    "graph": ("eager", "inductor"),
+    "graph": ("eager", "inductor", "cudagraphs"),
     "sampling": ("hf", "per_sequence"),
     "verify_weights": ("off", "checksum"),
 }
@@ -44,8 +44,11 @@ class HybridConfig:
         verify_weights: ``"checksum"`` also compares a checksum of every parameter before each
             generate, which finds writes through ``.data`` or numpy (about 60 ms per GB).
         strict: Raise where a layer cannot be rewritten or a call leaves the rewritten graphs.
-        graph: How a layer function runs: ``"eager"`` as generated, or lowered by ``"inductor"``,
-            which takes no packed weights.
+        graph: How the graphs run: ``"eager"`` as generated; ``"inductor"`` lowers each layer
+            function, and takes no packed weights; ``"cudagraphs"`` records the decode step on a
+            GPU, once for each number of rows, and replays it at every position and for every
+            weight version that lies in the same memory. Rows take a multiple of 256 positions
+            then. What cannot be recorded runs as generated, and ``explain()`` says why.
         sampling: Which random numbers a sampling ``generate`` draws. ``"hf"``: those that
             transformers draws under the same seed, one for each token of the vocabulary, in each
             row and step. ``"per_sequence"``: each sequence has a stream of its own, made from its

@@ -87,6 +87,7 @@ def initialize(
     options = options_of(settings, block)
     setup = Setup(config=settings, block=block, mpu=mpu, mesh=mesh_param)
     check_options(options, setup)
+    _check_records(options)
     check_setup(setup)
     check_degree(block.inference_tp_size, mpu, world_size())
     _check_whole(model, pipeline=seam.is_pipeline(model))
@@ -134,6 +135,7 @@ def take_over(
     options = make_config(options_of(settings, block) if config is None else config, overrides)
     setup = Setup(config=settings, block=block, mpu=engine.mpu)
     check_options(options, setup)
+    _check_records(options)
     check_setup(setup)
     check_degree(block.inference_tp_size, engine.mpu, world_size())
     _check_whole(engine.module, pipeline=False)
@@ -147,6 +149,13 @@ def _given_config(args: Any, config: Any, config_params: Any) -> Any:
         if found is not None:
             return found
     return None
+
+
+def _check_records(options: HybridConfig) -> None:
+    from ..runtime.recording import check_records
+    from .seam import accelerator_device
+
+    check_records(options.graph, accelerator_device())
 
 
 def _check_whole(model: Any, *, pipeline: bool) -> None:

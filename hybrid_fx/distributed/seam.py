@@ -156,6 +156,11 @@ def free_gathered(engine: Any) -> None:
     engine.empty_partition_cache()
 
 
+def accelerator_device() -> torch.device:
+    """Where DeepSpeed puts models."""
+    return torch.device(get_accelerator().device_name())
+
+
 def share_rng_state(source: int = 0) -> None:
     """Give every rank the random state of rank ``source``, on its accelerator. Collective."""
     accelerator = get_accelerator()

@@ -52,6 +52,7 @@ class Explanation:
         prepared_bytes: Memory of the prepared tensors, which the plan owns.
         prepare_peak_bytes: Most memory that preparing needs beyond what stood before it.
         kv_bytes: Memory of the KV workspace.
+        recorded_bytes: Memory that recorded decode steps hold, beside that of what they read.
         shared_bytes: Of the weights, what the graphs read as stacks that need no copy, see
             ``share_storage``.
         copies: The prepared tensors that have memory of their own, and why.
@@ -70,6 +71,7 @@ class Explanation:
     prepared_bytes: int = 0
     prepare_peak_bytes: int = 0
     kv_bytes: int = 0
+    recorded_bytes: int = 0
     shared_bytes: int = 0
     copies: tuple[PreparedCopy, ...] = ()
     lora: tuple[LoraDecision, ...] = ()
@@ -81,7 +83,7 @@ class Explanation:
     @property
     def eval_bytes(self) -> int:
         """What generating holds beyond the weights, from one call to the next."""
-        return self.prepared_bytes + self.kv_bytes
+        return self.prepared_bytes + self.kv_bytes + self.recorded_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data that JSON can hold."""
@@ -158,6 +160,7 @@ class Explanation:
             ("prepared tensors", self.prepared_bytes),
             ("peak of prepare", self.prepare_peak_bytes),
             ("KV workspace", self.kv_bytes),
+            *([("recorded decode steps", self.recorded_bytes)] if self.recorded_bytes else []),
             ("to generate, beyond the weights", self.eval_bytes),
         ):
             table.add_row(name, readable_bytes(size))

@@ -19,12 +19,12 @@ from ..errors import HybridError, StrictError
 from ..generate import Runner, causal_lm, position_limit
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
-from ..runtime.lowering import by_inductor
 from ..runtime.probe import Verdict
 from ..runtime.shared_rows import SharedRows
 from .plans import Plans
 from .proof import said
 from .prover import Prover
+from .runners import make_runner
 from .sides import side_of
 from .source import Ask, Source
 from .stats import Stats
@@ -199,16 +199,13 @@ class ModelGraphs:
         )
 
     def _make_runner(self, plan: Plan, side: frozenset[str] = frozenset()) -> PlanRunner:
-        return PlanRunner(
+        return make_runner(
             plan,
+            self._source,
+            self._config,
+            self._stats,
             device=self._device(),
-            lower=by_inductor if self._config.graph == "inductor" else None,
             limit=self._limit(),
-            max_out_tokens=self._config.max_out_tokens,
-            timer=self._stats.timer,
-            group=self._source.group,
-            gather=self._source.gather,
-            stream=self._source.stream,
             rows=self.rows,
             measures=self._config.lora == "auto" and not side,
         )

@@ -10,6 +10,7 @@ from torch import nn
 from ..config import HybridConfig, make_config
 from ..errors import ConfigError, InputError
 from ..plan.choice import optional_passes, policies
+from ..runtime.recording import check_records
 from .engine import HybridEngine
 from .switch import engine_of
 
@@ -58,8 +59,9 @@ def hybridize(
 
     Raises:
         InputError: where ``model`` is no module or cannot generate.
-        ConfigError: for an unknown option, passes or policies that do not fit together, or where
-            the model has an engine with other options.
+        ConfigError: for an unknown option, passes or policies that do not fit together, graphs
+            that the model's device does not have, or where the model has an engine with other
+            options.
     """
     checked = check_generates(model)
     options = make_config(config, overrides)
@@ -67,6 +69,7 @@ def hybridize(
     if present is None:
         for choose in (optional_passes, policies):
             choose(options)  # what does not fit is refused before anything is touched
+        check_records(options.graph, next(checked.parameters()).device)
         return HybridEngine(checked, options)
     if options != present.config and (config is not None or overrides):
         raise ConfigError(

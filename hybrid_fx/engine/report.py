@@ -11,6 +11,7 @@ from ..cache.tree import View
 from ..config import HybridConfig
 from ..generate import causal_lm
 from ..passes.outcome import LayerReport, Missed
+from ..runtime import PlanRunner
 from .copies import PreparedCopy, prepared_copies
 from .explain import Explanation, LoraDecision
 from .graphs import ModelGraphs
@@ -86,6 +87,19 @@ def _team_notes(shard: tuple[int, int], layers: tuple[LayerReport, ...]) -> list
     return [f"{size} ranks generate together, and this one is number {rank} of them{whole}"]
 
 
+def _recording_notes(config: HybridConfig, runner: PlanRunner | None) -> list[str]:
+    if config.graph != "cudagraphs" or runner is None:
+        return []
+    steps = runner.recorded
+    if steps is None:
+        return [
+            f'graph="cudagraphs": the model is on {runner.device}; decode steps run as they are'
+        ]
+    if steps.failure:
+        return [f'graph="cudagraphs": decode steps are not recorded: {steps.failure}']
+    return [f'graph="cudagraphs": {len(steps)} recordings of the decode step']
+
+
 def _training_notes(training: TrainingGraphs) -> list[str]:
     if training.failure:
         return [training.failure]
@@ -125,6 +139,7 @@ def build_explanation(
         )
     if config.graph == "inductor":
         notes.append('graph="inductor": weights are not packed, as it takes no opaque tensors')
+    notes += _recording_notes(config, None if graphs.failure else runner)
     if runner is not None and not graphs.failure and not runner.rows_apart:
         notes.append(
             "a row's logits depend on the rows beside it: rows that have finished stay in the "
@@ -148,6 +163,7 @@ def build_explanation(
         prepared_bytes=0 if runner is None else runner.prepared.nbytes,
         prepare_peak_bytes=graphs.prepare_peak_bytes,
         kv_bytes=0 if runner is None else runner.workspace.nbytes,
+        recorded_bytes=0 if runner is None or runner.recorded is None else runner.recorded.nbytes,
         shared_bytes=0 if runner is None else runner.prepared.shared_nbytes,
         copies=_copies(config, graphs),
         lora=_lora(config, graphs) + _other_adapters(model),

@@ -27,6 +27,7 @@ COUNTERS: tuple[str, ...] = (
     "cache_hits_disk",  # plans read from the disk cache
     "prepares",  # runs of the prepare graph
     "generate_calls",  # calls of generate, whatever path they took
+    "recordings",  # decode steps recorded, to be replayed
     "hf_forwards",  # forwards of the HF module while generating
     "train_graph_calls",  # training forwards that ran on the training graph
 )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..generate import position_limit
+from ..runtime.closeness import TOLERANCE
 from ..runtime.configured import loss_of
-from ..runtime.probe import TOLERANCE
 from ..runtime.training import TrainingRunner
 from .proof import telling
 from .training_call import TrainingCall

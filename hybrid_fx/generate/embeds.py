@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.probe import TOLERANCE, distance_of
+from ..runtime.closeness import TOLERANCE, distance_of
 from .protocol import Runner
 
 #: Columns that are compared.

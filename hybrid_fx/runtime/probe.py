@@ -16,18 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .closeness import allowed_distance, distance_of
 from .runner import PlanRunner
 
-#: Allowed relative distance of the logits (Euclidean), by dtype.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
 _DECODED = 2
-
-
-def distance_of(got: Tensor, wanted: Tensor) -> float:
-    """The Euclidean distance of two tensors, relative to the second."""
-    wide = wanted.float()
-    return float((got.float() - wide).norm() / wide.norm().clamp_min(1e-30))
 
 
 def _length(runner: PlanRunner, limit: int | None) -> int:
@@ -71,7 +63,7 @@ def probe(
     positions = torch.arange(length, device=runner.device).expand(2, length)
     with torch.no_grad():
         wanted = reference(ids, positions)
-        session = runner.session(batch=2, capacity=length, timer=_uncounted)
+        session = runner.session(batch=2, capacity=length, timer=_uncounted, recorded=False)
         try:
             first = max(1, length - _DECODED)
             parts = [session.forward(ids[:, :first], positions[:, :first], keep=first)]
@@ -89,17 +81,9 @@ def probe(
         return Verdict(True, f"its logits are {said}")
     if not bool(wanted.isfinite().all()):
         return Verdict(False)
-    allowed = TOLERANCE.get(_narrowest(runner), 1e-1)
+    allowed = allowed_distance(runner.plan.manifest)
     distance = distance_of(got, wanted)
     if not distance <= allowed:
         said = f"its logits differ from the module's by {distance:.1e}, allowed {allowed:.0e}"
         return Verdict(True, said)
     return Verdict(True, rows_apart=distance_of(twice, got[1:, -1:].expand_as(twice)) <= allowed)
-
-
-def _narrowest(runner: PlanRunner) -> torch.dtype:
-    """The coarsest dtype the plan computes in."""
-    names = {layer.dtype for layer in runner.plan.manifest.kv}
-    names |= {tensor.dtype for tensor in runner.plan.manifest.prepared}
-    dtypes = [getattr(torch, name) for name in names]
-    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)

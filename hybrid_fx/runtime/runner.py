@@ -17,8 +17,11 @@ from ..passes.layers import layer_of
 from ..passes.operators import OPERATORS
 from ..passes.packing import most_bytes, packs
 from ..plan.plan import Plan, load_functions
+from .attend_at import attend_at
 from .lowering import Lowering, is_weight
 from .prepared import Gather, Measured, PreparedTensors
+from .recorded import RecordedDecode
+from .recording import Recorder
 from .session import Graph, PlanSession, Timer
 from .shared_rows import SharedRows, writes_in_place
 from .streamed import Stream, by_layer
@@ -43,6 +46,8 @@ class PlanRunner:
         stream: Does so for a plan whose layers gather their own weights.
         rows: Where weights that are stacked lie in one buffer; ``None`` copies them.
         measures: Whether a fold measures what rounding takes of it, for :attr:`errors`.
+        recorder: Records decode steps, of a plan that one process runs by itself; ``None`` runs
+            each as it is.
     """
 
     holds_keys = True
@@ -61,6 +66,7 @@ class PlanRunner:
         stream: Stream | None = None,
         rows: SharedRows | None = None,
         measures: bool = True,
+        recorder: Recorder | None = None,
     ) -> None:
         if (plan.manifest.ranks > 1) != (group is not None):
             raise InputError(
@@ -95,7 +101,13 @@ class PlanRunner:
                 for name, function in self._functions[stage].items():
                     if name != stage:
                         function.__globals__[name] = lower(function)
-        self.workspace = Workspace(plan.manifest.kv, device)
+        self.workspace = Workspace(plan.manifest.kv, device, recorded=recorder is not None)
+        #: Recordings of decode steps; ``None`` where none are to be made.
+        self.recorded: RecordedDecode | None = None
+        if recorder is not None:
+            fixed = table | {"attend_one": attend_at}
+            step = load_functions(plan.sources["decode"], fixed, name="recorded decode")["decode"]
+            self.recorded = RecordedDecode(step, plan.manifest, recorder, self.workspace, device)
         self.prepared = PreparedTensors(plan.manifest.prepared, gather, rows)
         self._measured = Measured()
         self._open: PlanSession | None = None
@@ -193,11 +205,14 @@ class PlanRunner:
             worst[site] = max(worst.get(site, 0.0), error)
         return worst
 
-    def session(self, *, batch: int, capacity: int, timer: Timer | None = None) -> PlanSession:
+    def session(
+        self, *, batch: int, capacity: int, timer: Timer | None = None, recorded: bool = True
+    ) -> PlanSession:
         """Open a session of ``batch`` rows with ``capacity`` columns reserved.
 
         Args:
             timer: In place of the runner's own, for a session whose work is not the user's.
+            recorded: Whether decode steps may come from recordings.
 
         Raises:
             EngineClosedError: where nothing is prepared, or another session is open.
@@ -206,6 +221,7 @@ class PlanRunner:
             raise EngineClosedError("nothing is prepared; generate through the engine")
         if self._open is not None:
             raise EngineClosedError("another generate is running on this engine; wait for it")
+        steps = self.recorded if recorded else None
         session = PlanSession(
             self.workspace,
             self._graph("prefill"),
@@ -218,7 +234,10 @@ class PlanRunner:
             group=self._group,
             timer=timer or self._timer,
             on_close=self._close,
+            recorded=steps,
         )
+        if steps is not None:
+            steps.begin(self.prepared.tensors, batch, padded=self.rows_apart)
         self._open = session
         return session
 
@@ -266,5 +285,7 @@ class PlanRunner:
     def release(self) -> None:
         """Give the workspace's and the prepared tensors' memory back."""
         self._open, self._shards = None, []
+        if self.recorded is not None:
+            self.recorded.release()
         self.workspace.release()
         self.prepared.release()

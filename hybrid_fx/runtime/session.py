@@ -5,6 +5,7 @@ Legend: B batch, T tokens in this call, S positions in use, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..passes.collectives import Group
+from .recorded import RecordedDecode
 from .workspace import KeyValue, Workspace
 
 #: A generated prefill or decode function.
@@ -72,6 +74,7 @@ class PlanSession:
         group: tuple[Group, ...] = (),
         timer: Timer,
         on_close: Callable[[], None],
+        recorded: RecordedDecode | None = None,
     ) -> None:
         self.batch, self.length = batch, 0
         self._workspace = workspace
@@ -83,11 +86,14 @@ class PlanSession:
         self._valid: Tensor | None = None
         self._on_close = on_close
         self._spans = Spans(timer)
+        self._recorded = recorded
+        self._moved = True  # since the latest decode step: rows, memory or validity
         workspace.reserve(batch, max(1, capacity))
         self._lay_out()
 
     def _lay_out(self) -> None:
         """The slot table [B, pitch]; validity keeps its columns."""
+        self._moved = True
         pitch = self._workspace.pitch
         start = torch.arange(self.batch, device=self._device)[:, None] * pitch
         self._slots = start + torch.arange(pitch, device=self._device)
@@ -140,12 +146,19 @@ class PlanSession:
         prefill, decode = self._graphs
         if tokens == 1 and self.length > 0 and embeds is None:
             self._spans.decode(self.batch)
-            logits = decode(*inputs, *self._group)
+            logits = self._decode(functools.partial(decode, *inputs, *self._group), *inputs[:2])
         else:
             with self._spans.prefill(input_ids, key_valid):
                 logits = prefill(*inputs, embeds, *self._group)
         self.length = length
         return logits
+
+    def _decode(self, eager: Callable[[], Tensor], ids: Tensor, positions: Tensor) -> Tensor:
+        """One token a row, [B, 1]: by the graph as it stands, or a recording of it."""
+        if self._recorded is None:
+            return eager()
+        moved, self._moved = self._moved, False
+        return self._recorded.step(eager, ids, positions, self._valid, at=self.length, moved=moved)
 
     def _claim(self, length: int, key_valid: Tensor | None) -> None:
         """Make room for the columns up to ``length`` and note which of them are valid."""
@@ -154,6 +167,7 @@ class PlanSession:
         if key_valid is not None and self._valid is None:
             shape = (self.batch, self._workspace.pitch)
             self._valid = torch.ones(shape, dtype=torch.bool, device=self._device)
+        self._moved |= key_valid is not None
         if self._valid is not None:
             new = True if key_valid is None else key_valid
             self._valid[:, self.length : length] = new
@@ -190,6 +204,11 @@ class PlanSession:
 
     def crop(self, length: int) -> None:
         """Forget the columns from ``length`` on."""
+        if length < self.length and self._recorded is not None:
+            self._workspace.forget(length, self.length)
+            if self._valid is not None:
+                self._valid[:, length:] = True  # as behind the end of any rows
+            self._moved = True
         self.length = min(self.length, length)
 
     def close(self) -> None:

@@ -20,15 +20,32 @@ from ..plan.records import KVLayer
 #: Keys and values of one layer, [B, K, T, D] each.
 KeyValue = tuple[Tensor, Tensor]
 
+#: Where steps are recorded a row has a multiple of so many positions: few recordings serve all
+#: lengths, and a mask over them is aligned as kernels want it.
+_STRIDE = 256
+
 
 class Workspace:
     """Memory for the keys and values of up to ``rows`` rows of ``pitch`` positions.
 
     The memory only grows; :meth:`release` gives it back.
+
+    Args:
+        layers: Of the plan.
+        device: Where the model lives.
+        recorded: Whether graphs read all positions of a row, used or not. Then what no session
+            has written is zero, and ``pitch`` is rounded up.
+
+    Attributes:
+        generation: Counts how often the memory was made anew.
     """
 
-    def __init__(self, layers: Sequence[KVLayer], device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[KVLayer], device: torch.device, *, recorded: bool = False
+    ) -> None:
         self._layers = tuple(layers)
+        self._recorded = recorded
+        self.generation = 0
         self._device = device
         self._slots = 0
         self._memory: list[tuple[Tensor, Tensor]] = []
@@ -44,17 +61,41 @@ class Workspace:
 
     def reserve(self, rows: int, pitch: int) -> None:
         """Lay the memory out for ``rows`` rows of ``pitch`` positions; contents are lost."""
+        pitch = self._rounded(pitch)
         if rows * pitch > self._slots:
             self.release()
             # Counted as ours only when all of it is there: an allocation may fail or be stopped.
             self._memory = [self._allocate(layer, rows * pitch) for layer in self._layers]
             self._slots = rows * pitch
+            self.generation += 1
+        elif self._recorded:
+            for memory in itertools.chain(*self._memory):
+                memory.zero_()  # what is masked still enters products, and weights may be NaN
+        self._lay_out(rows, pitch)
+
+    def _lay_out(self, rows: int, pitch: int) -> None:
         self.rows, self.pitch = rows, pitch
-        self.keys, self.values = [], []
+        self.keys, self.values = self.first(rows)
+
+    def first(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of the first rows, living or not, [rows, K, P, D] a layer.
+
+        Of at most :attr:`most_rows`.
+        """
+        keys, values = [], []
         for layer, (key, value) in zip(self._layers, self._memory, strict=True):
-            shape = (rows, layer.kv_heads, pitch)
-            self.keys.append(_laid_out(key, *shape, layer.head_size))
-            self.values.append(_laid_out(value, *shape, layer.value_head_size))
+            shape = (rows, layer.kv_heads, self.pitch)
+            keys.append(_laid_out(key, *shape, layer.head_size))
+            values.append(_laid_out(value, *shape, layer.value_head_size))
+        return keys, values
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows of this pitch the memory has."""
+        return self._slots // self.pitch
+
+    def _rounded(self, pitch: int) -> int:
+        return -(-pitch // _STRIDE) * _STRIDE if self._recorded else pitch
 
     def _allocate(self, layer: KVLayer, slots: int) -> tuple[Tensor, Tensor]:
         # Zeros: a slot that is masked out still enters products, and memory may hold NaN.
@@ -74,6 +115,7 @@ class Workspace:
             pitch: Positions a row has from now on.
             length: Positions to keep.
         """
+        pitch = self._rounded(pitch)
         if pitch == self.pitch and rows.shape[0] * pitch <= self._slots:
             self._move(rows, length)
             return
@@ -91,15 +133,21 @@ class Workspace:
         count, pitch = rows.shape[0], self.pitch
         moved = (rows != torch.arange(count, device=rows.device)).nonzero().squeeze(1)
         sources = rows[moved]
-        self.reserve(max(count, self.rows), pitch)
+        self._lay_out(max(count, self.rows), pitch)
         for memory in (*self.keys, *self.values) if len(moved) else ():
             memory[moved, :, :length] = memory[sources, :, :length]
-        self.reserve(count, pitch)
+        self._lay_out(count, pitch)
 
     def clear(self, rows: slice, end: int) -> None:
         """Zero the first ``end`` positions of some rows: what is masked still enters products."""
         for memory in (*self.keys, *self.values):
             memory[rows, :, :end] = 0
+
+    def forget(self, start: int, end: int) -> None:
+        """These positions of all rows are as if they had not been written."""
+        if self._recorded:
+            for memory in itertools.chain(*self.first(self.most_rows)):
+                memory[:, :, start:end] = 0
 
     def check(self, pairs: Sequence[KeyValue], batch: int) -> None:
         """Raise a ValueError where ``pairs`` are not keys and values of these layers."""

@@ -57,7 +57,7 @@ def test_a_layer_is_compiled_once_for_all_layers_and_all_sizes(kind, layers):
 
 
 def test_the_right_tokens_come_where_a_function_does_not_compile(monkeypatch):
-    from hybrid_fx.engine import graphs
+    from hybrid_fx.engine import runners
 
     def no_compiler(function):
         def lowered(*_):
@@ -65,7 +65,7 @@ def test_the_right_tokens_come_where_a_function_does_not_compile(monkeypatch):
 
         return lowered
 
-    monkeypatch.setattr(graphs, "by_inductor", no_compiler)
+    monkeypatch.setattr(runners, "by_inductor", no_compiler)
     engine = hybrid_fx.hybridize(tiny("llama"), graph="inductor", disk_cache=False)
     call = {**prompt((5, 3)), "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(engine.generate(**call), engine._plain_generate(**call))

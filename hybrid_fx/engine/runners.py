@@ -1,0 +1,78 @@
+"""The runner of a plan, as a configuration and a model want it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ..config import HybridConfig
+from ..plan.plan import Plan
+from ..runtime import PlanRunner
+from ..runtime.lowering import by_inductor
+from ..runtime.recording import Recorder, Recording, Step, recorder_of
+from ..runtime.shared_rows import SharedRows
+from .source import Source
+from .stats import Stats
+
+logger = logging.getLogger("hybrid_fx")
+
+
+class _Counted:
+    """A recorder whose recordings, and the time they take, are counted."""
+
+    def __init__(self, recorder: Recorder, stats: Stats) -> None:
+        self._recorder, self._stats = recorder, stats
+        self.release = recorder.release
+
+    def record(self, step: Step) -> Recording:
+        with self._stats.timer("record"):
+            made = self._recorder.record(step)
+        self._stats.count("recordings")
+        return made
+
+
+def _recorder(config: HybridConfig, device: torch.device, stats: Stats) -> Recorder | None:
+    """A recorder for one runner, where steps are to be recorded and can be."""
+    if config.graph != "cudagraphs":
+        return None
+    made = recorder_of(device)
+    if made is None:
+        logger.warning("the model is on %s, so decode steps are not recorded", device)
+        return None
+    return _Counted(made, stats)
+
+
+def make_runner(
+    plan: Plan,
+    source: Source,
+    config: HybridConfig,
+    stats: Stats,
+    *,
+    device: torch.device,
+    limit: int | None,
+    rows: SharedRows | None,
+    measures: bool,
+) -> PlanRunner:
+    """A runner of ``plan``, nothing prepared yet.
+
+    Args:
+        device: Where the model is.
+        limit: Its maximum positions.
+        rows: Where weights that are stacked lie in one buffer.
+        measures: Whether folds measure what rounding takes.
+    """
+    return PlanRunner(
+        plan,
+        device=device,
+        lower=by_inductor if config.graph == "inductor" else None,
+        limit=limit,
+        max_out_tokens=config.max_out_tokens,
+        timer=stats.timer,
+        group=source.group,
+        gather=source.gather,
+        stream=source.stream,
+        rows=rows,
+        measures=measures,
+        recorder=_recorder(config, device, stats),
+    )

@@ -1,0 +1,25 @@
+"""How far two ways to compute the same logits may be apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan.plan import Manifest
+
+#: Allowed relative distance of the logits (Euclidean), by dtype.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def distance_of(got: Tensor, wanted: Tensor) -> float:
+    """The Euclidean distance of two tensors, relative to the second."""
+    wide = wanted.float()
+    return float((got.float() - wide).norm() / wide.norm().clamp_min(1e-30))
+
+
+def allowed_distance(manifest: Manifest) -> float:
+    """By the coarsest dtype that a plan computes in."""
+    names = {layer.dtype for layer in manifest.kv} | {tensor.dtype for tensor in manifest.prepared}
+    dtypes = [getattr(torch, name) for name in names]
+    coarsest = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
+    return TOLERANCE.get(coarsest, 1e-1)

@@ -1,0 +1,240 @@
+"""Decode steps replayed from recordings: one of each number of rows serves all positions.
+
+A recording runs the plan's own decode source, with an attention that reads all positions of a row
+and masks those that do not count (:mod:`.attend_at`). What differs from step to step lies in
+memory of its own: ids, positions, the column that is written, which columns are valid. Prepared
+tensors and the KV workspace are read where they lie, so a weight switch that refills them keeps
+the recordings; where they lie elsewhere, steps are recorded anew.
+
+The first step of a recording is served by the graph as it stands, and the recording is held
+against it; whatever cannot be recorded goes on that way.
+
+Legend: B rows of the call, N rows of a recording, P positions a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan.plan import Manifest
+from .attend_at import masks_at
+from .closeness import allowed_distance, distance_of
+from .recording import NotRecordableError, Recorder, Recording
+from .workspace import Workspace
+
+logger = logging.getLogger("hybrid_fx")
+
+#: Recordings to keep; those that served longest ago go first.
+_MOST = 32
+
+
+class Inputs:
+    """What a recorded step reads and others write: ``ids`` and ``positions`` int64 [N, 1], ``at``
+    int64 [1], ``valid`` bool [N, P]. Rows behind those of a session hold what they held."""
+
+    def __init__(self, rows: int, pitch: int, device: torch.device) -> None:
+        self.rows, self.pitch = rows, pitch
+        self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)
+        self.valid = torch.ones(rows, pitch, dtype=torch.bool, device=device)
+
+    def look(self, valid: Tensor | None) -> None:
+        """Take which columns are valid, [B, P] of B <= N rows; ``None``: all are."""
+        if valid is None:
+            self.valid.fill_(True)
+        else:
+            self.valid[: len(valid)].copy_(valid[:, : self.pitch])
+
+    def put(self, ids: Tensor, positions: Tensor, at: int) -> None:
+        """Take the tokens of a step, [B, 1], and the column that they stand in."""
+        self.ids[: len(ids)].copy_(ids)
+        self.positions[: len(positions)].copy_(positions)
+        self.at.fill_(at)
+
+
+class RecordedDecode:
+    """The recorded decode steps of one plan, on one workspace.
+
+    Args:
+        decode: The plan's decode function, with ``attend_at`` in the place of ``attend_one``.
+        manifest: Of the plan.
+        recorder: Of this object alone.
+        workspace: Of the sessions.
+        device: Where the model lives.
+
+    Attributes:
+        failure: Why no step is recorded any more, or "".
+    """
+
+    def __init__(
+        self,
+        decode: Callable[..., Tensor],
+        manifest: Manifest,
+        recorder: Recorder,
+        workspace: Workspace,
+        device: torch.device,
+    ) -> None:
+        self._decode = decode
+        self._recorder = recorder
+        self._workspace = workspace
+        self._device = device
+        self._windows = sorted({layer.window or 0 for layer in manifest.kv})
+        self._dtype = getattr(torch, manifest.kv[0].dtype) if manifest.kv else torch.float32
+        self._allowed = allowed_distance(manifest)
+        self._kept: dict[tuple[int, int], tuple[Inputs, Recording]] = {}
+        self._prepared: Sequence[Tensor] = ()
+        self._places: Sequence[Any] = ()  # of what is prepared
+        self._recorded_on: tuple[Any, ...] = ()
+        self._sizes: set[int] = set()
+        self._current: tuple[Inputs, Recording] | None = None
+        self.failure = ""
+
+    def __len__(self) -> int:
+        """How many recordings there are."""
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the recordings hold, as far as they know."""
+        return sum(recording.nbytes for _, recording in self._kept.values())
+
+    def begin(self, prepared: Sequence[Tensor], rows: int, *, padded: bool) -> None:
+        """A session begins.
+
+        Args:
+            prepared: Tensors of the weights as they are.
+            rows: B at its beginning.
+            padded: Whether a row may be computed beside rows that nobody wants.
+        """
+        self._prepared, self._places = prepared, [_place(tensor) for tensor in prepared]
+        self._current = None
+        powers = (1 << power for power in range((rows - 1).bit_length()))
+        self._sizes = {*powers, rows} if padded else set()
+
+    def step(
+        self,
+        eager: Callable[[], Tensor],
+        ids: Tensor,
+        positions: Tensor,
+        valid: Tensor | None,
+        *,
+        at: int,
+        moved: bool,
+    ) -> Tensor:
+        """One decode step of B rows.
+
+        Args:
+            eager: Does it without a recording.
+            ids, positions: int64 [B, 1].
+            valid: bool [B, P], which columns are valid; True behind ``at``. ``None``: all are.
+            at: The column that is written.
+            moved: Whether rows, memory or ``valid`` may be others than those of the step before.
+
+        Returns:
+            [B, 1, V], memory of its own.
+        """
+        if self.failure:
+            return eager()
+        if moved or self._current is None:
+            self._current = self._found(len(ids))
+            if self._current is None:
+                return self._first(eager, ids, positions, valid, at)
+            self._current[0].look(valid)
+        inputs, recording = self._current
+        inputs.put(ids, positions, at)
+        return recording.replay()[: len(ids)].clone()
+
+    def release(self) -> None:
+        """Give up all recordings, and what they hold."""
+        self._prepared, self._places, self._recorded_on = (), (), ()
+        self._drop()
+
+    def _drop(self) -> None:
+        self._current = None
+        self._kept.clear()
+        self._recorder.release()
+
+    def _key(self, rows: int) -> tuple[int, int]:
+        """N and P for a step of so many rows: behind them stand rows that nobody reads."""
+        most = self._workspace.most_rows
+        fit = min((size for size in self._sizes if rows <= size <= most), default=rows)
+        return fit, self._workspace.pitch
+
+    def _found(self, rows: int) -> tuple[Inputs, Recording] | None:
+        """The recording for so many rows, where there is one on this memory."""
+        memory = (self._places, self._workspace.generation)
+        if memory != self._recorded_on:
+            self._drop()
+            self._recorded_on = memory
+        key = self._key(rows)
+        found = self._kept.pop(key, None)
+        if found is not None:
+            self._kept[key] = found  # as the latest
+        return found
+
+    def _first(
+        self,
+        eager: Callable[[], Tensor],
+        ids: Tensor,
+        positions: Tensor,
+        valid: Tensor | None,
+        at: int,
+    ) -> Tensor:
+        """A step that is recorded; what it returns comes from the graph as it stands."""
+        logits = eager()
+        try:
+            inputs = Inputs(*self._key(len(ids)), self._device)
+            inputs.look(valid)
+            inputs.put(ids, positions, at)
+            recording = self._record(inputs)
+            self._prove(recording.replay()[: len(ids)], logits)
+        except Exception as error:  # not of the step itself, which has just run
+            self._fail(error)
+            return eager()  # once more: what was tried has written keys and values
+        self._current = self._kept[inputs.rows, inputs.pitch] = inputs, recording
+        if len(self._kept) > _MOST:
+            del self._kept[next(iter(self._kept))]
+        return logits
+
+    def _record(self, inputs: Inputs) -> Recording:
+        if elsewhere := [t.device for t in self._prepared if t.device != self._device]:
+            raise NotRecordableError(f"a prepared tensor lies on {elsewhere[0]}")
+        memory, prepared = self._workspace.first(inputs.rows), self._prepared
+
+        def step() -> Tensor:
+            masks = masks_at(inputs.valid, inputs.at, self._windows, self._dtype)
+            fixed = (inputs.ids, inputs.positions, inputs.at, masks, inputs.pitch, 1)
+            return self._decode(*fixed, prepared, *memory)
+
+        with torch.no_grad():
+            return self._recorder.record(step)
+
+    def _prove(self, got: Tensor, wanted: Tensor) -> None:
+        """Hold the first replay of a recording against the step that it repeats."""
+        if not bool(wanted.isfinite().all()):
+            return  # of weights that hold NaN nothing can be told
+        distance = distance_of(got, wanted)
+        if not distance <= self._allowed:
+            raise NotRecordableError(
+                f"its logits differ by {distance:.1e} from those of the graph as it stands, "
+                f"allowed {self._allowed:.0e}"
+            )
+
+    def _fail(self, error: Exception) -> None:
+        kind = "" if isinstance(error, NotRecordableError) else f"{type(error).__name__}: "
+        self.failure = kind + str(error).strip().split("\n")[0]
+        self._drop()
+        logger.warning("decode steps are not recorded, and run as they are: %s", self.failure)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, as far as kernels are told; packed ones keep it in their own way."""
+    if tensor.is_mkldnn:
+        return (torch.ops.mkldnn.data_ptr(tensor),)
+    return tensor.data_ptr(), tensor.stride()
