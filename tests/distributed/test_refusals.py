@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from test_layout import imports, module_name, sources
 from tiny_models import tiny
 from torch import nn
@@ -120,9 +121,10 @@ def test_an_option_without_effect_is_refused() -> None:
     check_options(HybridConfig(), setup(TEAM))
 
 
-def test_graphs_with_collectives_are_not_lowered() -> None:
-    lowered = HybridConfig(graph="inductor")
-    with pytest.raises(ConfigError, match="graph='inductor' does not lower graphs with coll"):
+@pytest.mark.parametrize("graph", ["inductor", "cudagraphs"])
+def test_graphs_with_collectives_are_not_lowered(graph: Any) -> None:
+    lowered = HybridConfig(graph=graph)
+    with pytest.raises(ConfigError, match=f"graph='{graph}' does not lower graphs with coll"):
         check_options(lowered, setup(TEAM))
     check_options(lowered, setup())
 
@@ -165,11 +167,31 @@ def test_a_model_that_is_sliced_already_is_refused_by_name() -> None:
     assert sliced_part(model) == "model.layers.1.mlp.down_proj, a LinearAllreduce of AutoTP"
 
 
-def test_layers_that_gather_are_not_lowered() -> None:
+def test_steps_are_not_recorded_where_deepspeed_puts_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
+    from hybrid_fx.distributed import seam
+
+    monkeypatch.setattr(seam, "accelerator_device", lambda: torch.device("cpu"))
+    model = tiny("llama")
+    before = dict(vars(model))
+    config = {
+        "train_batch_size": 1,
+        "hybrid_engine": {"enabled": True},
+        "hybrid_fx": {"graph": "cudagraphs"},
+    }
+    with pytest.raises(ConfigError, match=r'the model is on cpu; .*graph="eager"'):
+        hybrid_fx.initialize(model=model, config=config)
+    assert vars(model) == before
+
+
+@pytest.mark.parametrize("graph", ["inductor", "cudagraphs"])
+def test_layers_that_gather_are_not_lowered(graph: Any) -> None:
     unpinned = {"hybrid_engine": {"enabled": True, "pin_parameters": False}}
-    lowered = HybridConfig(graph="inductor")
+    lowered = HybridConfig(graph=graph)
     check_options(lowered, setup({**unpinned, "zero_optimization": {"stage": 2}}))
-    with pytest.raises(ConfigError, match="graph='inductor' does not lower"):
+    with pytest.raises(ConfigError, match=f"graph='{graph}' does not lower"):
         check_options(lowered, setup({**unpinned, "zero_optimization": {"stage": 3}}))
 
 

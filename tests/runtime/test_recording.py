@@ -52,9 +52,11 @@ REFUSED = {
 #: Operators of the same kind that a GPU records.
 TAKEN = {
     "index": lambda x: x[x.long()],
-    "index_copy_": lambda x: x.index_copy_(0, torch.zeros(1, dtype=torch.int64), X[3:4]),
+    "index_copy_": lambda x: x.index_copy_(0, x[:1].long(), x[3:4].clone()),
     "repeat_interleave": lambda x: x.repeat_interleave(2, 0),
-    "repeats of a known sum": lambda x: x.repeat_interleave(torch.ones(6).long(), output_size=6),
+    "repeats of a known sum": lambda x: x.repeat_interleave(
+        torch.ones_like(x).long(), output_size=6
+    ),
     "where": lambda x: torch.where(x > 1, x, 0.0),
     "masked_fill": lambda x: x.masked_fill(x > 1, -torch.inf),
     "topk": lambda x: x.topk(2).values,
