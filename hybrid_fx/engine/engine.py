@@ -197,6 +197,7 @@ class HybridEngine:
         if runner is not None:
             self.stats.record_kv_bytes(runner.workspace.nbytes)
             self.stats.prepared_bytes = runner.prepared.nbytes
+            self.stats.recorded_bytes = runner.recorded_bytes
         # A call from inside another one (a processor that generates) frees nothing of the outer.
         if self._options.release_inference_cache and not self._running:
             self._release()
@@ -204,7 +205,7 @@ class HybridEngine:
     def _release(self) -> None:
         self._graphs.release()
         self.stats.record_kv_bytes(0)
-        self.stats.prepared_bytes = 0
+        self.stats.prepared_bytes = self.stats.recorded_bytes = 0
 
     def _generate_by_module(
         self, model: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any

@@ -97,7 +97,7 @@ def _recording_notes(config: HybridConfig, runner: PlanRunner | None) -> list[st
         ]
     if steps.failure:
         return [f'graph="cudagraphs": decode steps are not recorded: {steps.failure}']
-    return [f'graph="cudagraphs": {len(steps)} recordings of the decode step']
+    return [f'graph="cudagraphs": recordings of the decode step: {len(steps)}']
 
 
 def _training_notes(training: TrainingGraphs) -> list[str]:
@@ -163,7 +163,7 @@ def build_explanation(
         prepared_bytes=0 if runner is None else runner.prepared.nbytes,
         prepare_peak_bytes=graphs.prepare_peak_bytes,
         kv_bytes=0 if runner is None else runner.workspace.nbytes,
-        recorded_bytes=0 if runner is None or runner.recorded is None else runner.recorded.nbytes,
+        recorded_bytes=0 if runner is None else runner.recorded_bytes,
         shared_bytes=0 if runner is None else runner.prepared.shared_nbytes,
         copies=_copies(config, graphs),
         lora=_lora(config, graphs) + _other_adapters(model),

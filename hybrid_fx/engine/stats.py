@@ -88,6 +88,7 @@ class Stats:
         kv_bytes: Bytes of the KV workspace now.
         kv_bytes_peak: The most it ever held.
         prepared_bytes: Bytes of the prepared tensors that have memory of their own, now.
+        recorded_bytes: Bytes that recorded decode steps hold now.
         seconds: Timer name to exclusive seconds so far.
         tokens: Timer name to tokens so far.
         on_record: Told each iteration as it is closed; logs its line unless replaced.
@@ -107,7 +108,7 @@ class Stats:
         self.samples = 0
         self.kv_bytes = 0
         self.kv_bytes_peak = 0
-        self.prepared_bytes = 0
+        self.prepared_bytes = self.recorded_bytes = 0
         self._kv_most = 0  # in this iteration
         self.seconds: dict[str, float] = {}
         self.tokens: Counter[str] = Counter()
@@ -224,6 +225,7 @@ class Stats:
             "kv_bytes": self.kv_bytes,
             "kv_bytes_peak": self.kv_bytes_peak,
             "prepared_bytes": self.prepared_bytes,
+            "recorded_bytes": self.recorded_bytes,
             "counters": dict(self.counters),
             "fallbacks": dict(self.fallbacks),
             "waited": dict(self.waited),

@@ -131,7 +131,10 @@ class _CudaRecording:
 
 
 class CudaRecorder:
-    """CUDA graphs in one memory pool; they are captured on a stream of the recorder's own.
+    """CUDA graphs in one memory pool.
+
+    They are captured on the stream that torch keeps for that: libraries hold memory for each
+    stream that they were ever used on.
 
     Args:
         device: A GPU.
@@ -146,39 +149,44 @@ class CudaRecorder:
         """See :class:`Recorder`."""
         cuda: Any = torch.cuda  # untyped in parts
         with torch.no_grad(), cuda.device(self._device):
-            stream = self._stream = self._stream or cuda.Stream(self._device)
-            here = cuda.current_stream(self._device)
+            graph = cuda.CUDAGraph()
+            capture = self._capture(graph)
+            stream, here = capture.capture_stream, cuda.current_stream(self._device)
             stream.wait_stream(here)
             with cuda.stream(stream):
                 with Watch(self._device):
                     step()
                 step()  # as it will be captured: libraries have chosen kernels and memory then
             here.wait_stream(stream)
-            if self._pool is None:
-                self._pool = cuda.graph_pool_handle()
-            held, graph = self._held(), cuda.CUDAGraph()
-            # The outer block: where a capture fails, torch leaves its own stream the current one.
-            # Other threads may allocate meanwhile.
-            with (
-                cuda.stream(here),
-                cuda.graph(
-                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-                ),
-            ):
+            held = self._held()
+            # Where a capture fails, torch leaves its stream the current one.
+            with cuda.stream(here), capture:
                 result = step()
         return _CudaRecording(graph, result, self._held() - held)
+
+    def _capture(self, graph: Any) -> Any:
+        cuda: Any = torch.cuda
+        if self._pool is None:
+            self._pool = cuda.graph_pool_handle()
+        # Other threads may allocate meanwhile.
+        given = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        capture = cuda.graph(graph, **given, stream=self._stream)
+        if capture.capture_stream.device == self._device:
+            return capture
+        self._stream = cuda.Stream(self._device)  # torch keeps one stream, of one device
+        return cuda.graph(graph, **given, stream=self._stream)
 
     def release(self) -> None:
         """See :class:`Recorder`."""
         self._pool = None  # one that nothing uses any more cannot be captured into again
 
     def _held(self) -> int:
-        """Bytes of the pool."""
+        """Bytes of the pool; 0 where torch cannot tell."""
         cuda: Any = torch.cuda
-        segments = cuda.memory_snapshot(self._pool, False)
-        return sum(
-            s["total_size"] for s in segments if s.get("segment_pool_id", self._pool) == self._pool
-        )
+        if cuda.get_allocator_backend() != "native":
+            return 0
+        segments = cuda.memory_snapshot(include_traces=False)
+        return sum(s["total_size"] for s in segments if s.get("segment_pool_id") == self._pool)
 
 
 #: Kind of device to what records there.

@@ -279,6 +279,11 @@ class PlanRunner:
             sizes[weight.layer] = sizes.get(weight.layer, 0) + size
         return 2 * max(sizes.values(), default=0)
 
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes that recordings of decode steps hold."""
+        return 0 if self.recorded is None else self.recorded.nbytes
+
     def _close(self) -> None:
         self._open = None
 

@@ -59,6 +59,7 @@ def test_sharded_weights_are_gathered_beside_deepspeed(ranks: Ranks) -> None:
         sharded.edits_of_gathered_parameters_are_followed,
         sharded.an_edit_that_one_rank_sees_is_followed_by_all,
         sharded.prepared_memory_is_used_again,
+        sharded.recorded_steps_serve_each_weight_version,
         sharded.memory_is_given_back,
         sharded.tied_weights_are_gathered_once,
         sharded.lengths_may_differ,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import call, ds_config, hf_tokens, make, no_room, plain, start, train, weights
 from memory_ledger import address
+from tape import taped
 from tiny_models import prompt
 
 from hybrid_fx.capture import plain_linear
@@ -237,3 +238,23 @@ def lengths_may_differ(rank: int, **changes: Any) -> None:
         rows = [[5, 3], [2]][(rank + turn) % 2]
         given = {**prompt(rows, seed=turn), "max_new_tokens": 3 + 5 * rank, "do_sample": False}
         assert torch.equal(engine.generate(**given), hf_tokens(held, False, given))
+
+
+def recorded_steps_serve_each_weight_version(rank: int) -> None:
+    """Ranks record for themselves: they step down with rows of their own, and stop apart."""
+    with taped() as recorders:
+        engine = start(ds_config(3, hybrid_fx={"graph": "cudagraphs"}), make(False))
+        lengths = {"max_new_tokens": [9, 4 + rank]}
+        seen = set()
+        for seed in range(3):
+            asked = call(rank, max_new_tokens=9)
+            expected = hf_tokens(weights(engine), False, asked)
+            got = engine.generate(**asked | lengths)
+            assert torch.equal(got[0], expected[0])
+            assert torch.equal(got[1, : 9 + rank], expected[1, : 9 + rank])
+            seen.add(str(expected.tolist()))
+            train(engine, rank, seed)
+        assert len(seen) == 3
+        assert engine.stats.counters["prepares"] == 3
+        assert engine.stats.counters["recordings"] == len(recorders.tapes) == 2
+        assert not engine.stats.fallbacks

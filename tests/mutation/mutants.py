@@ -9,6 +9,7 @@ import faults_loop
 import faults_lora
 import faults_packing
 import faults_ranks
+import faults_recorded
 import faults_runtime
 import faults_spelling
 import faults_staging
@@ -32,5 +33,6 @@ MUTANTS: list[Mutant] = mutants_of(
         *faults_training.GROUPS,
         *faults_teams.GROUPS,
         *faults_ranks.GROUPS,
+        *faults_recorded.GROUPS,
     )
 )

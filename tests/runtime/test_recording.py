@@ -212,15 +212,24 @@ def test_a_refused_model_stands_as_before() -> None:
 
 
 class _Stream:
-    def __init__(self, log: list[str], name: str) -> None:
-        self.log, self.name = log, name
+    def __init__(self, log: list[str], name: str, device: torch.device = CPU) -> None:
+        self.log, self.name, self.device = log, name, device
 
     def wait_stream(self, other: _Stream) -> None:
         self.log.append(f"{self.name} waits for {other.name}")
 
 
-def _fake_cuda(log: list[str], patch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
-    """``torch.cuda`` as far as a recorder uses it, each call held against the real signature."""
+def _fake_cuda(
+    log: list[str],
+    patch: pytest.MonkeyPatch,
+    *,
+    fails: bool = False,
+    of_torch: torch.device = CPU,
+) -> None:
+    """``torch.cuda`` as far as a recorder uses it, each call held against the real signature.
+
+    Its own stream for captures is on the device ``of_torch``.
+    """
     real = {name: getattr(torch.cuda, name) for name in ("graph", "memory_snapshot", "CUDAGraph")}
     current = [_Stream(log, "here")]
 
@@ -233,25 +242,30 @@ def _fake_cuda(log: list[str], patch: pytest.MonkeyPatch, *, fails: bool = False
         finally:
             current[0] = before
 
-    @contextmanager
-    def graph(*args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(real["graph"]).bind(*args, **kwargs).arguments
-        mode, pool = bound["capture_error_mode"], bound["pool"]
-        log.append(f"captures on {bound['stream'].name} into {pool}, {mode}")
-        current[0] = bound["stream"]
-        if fails:
-            raise RuntimeError("invalidated")
-        yield
-        current[0] = _Stream(log, "here")
+    class Capture:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            bound = inspect.signature(real["graph"]).bind(*args, **kwargs).arguments
+            self.mode, self.pool = bound["capture_error_mode"], bound["pool"]
+            self.capture_stream = bound["stream"] or _Stream(log, "torch's", of_torch)
+
+        def __enter__(self) -> None:
+            log.append(f"captures on {self.capture_stream.name} into {self.pool}, {self.mode}")
+            current[0] = self.capture_stream
+
+        def __exit__(self, *_: object) -> None:
+            if fails:
+                raise RuntimeError("invalidated")  # and the stream stays
+            current[0] = _Stream(log, "here")
 
     class CUDAGraph:
         def replay(self) -> None:
             log.append("replays")
 
-    def memory_snapshot(*args: Any) -> Any:
-        inspect.signature(real["memory_snapshot"]).bind(*args)
+    def memory_snapshot(**asked: Any) -> Any:
+        inspect.signature(real["memory_snapshot"]).bind(**asked)
         captured = sum(entry.startswith("captures") for entry in log)
-        return [{"total_size": 100 * captured, "segment_pool_id": args[0]}]
+        mine = {"total_size": 100 * captured, "segment_pool_id": (0, 1)}
+        return [mine, {"total_size": 7 * captured, "segment_pool_id": (0, 0)}]
 
     @contextmanager
     def device(_: Any) -> Any:
@@ -259,10 +273,11 @@ def _fake_cuda(log: list[str], patch: pytest.MonkeyPatch, *, fails: bool = False
 
     pools = iter([(0, 1), (0, 2)])
     for name, fake in {
-        "Stream": lambda _: _Stream(log, "side"),
+        "Stream": lambda device: _Stream(log, "own", device),
         "stream": stream,
         "current_stream": lambda _: current[0],
-        "graph": graph,
+        "graph": Capture,
+        "get_allocator_backend": lambda: "native",
         "CUDAGraph": CUDAGraph,
         "graph_pool_handle": lambda: next(pools),
         "memory_snapshot": memory_snapshot,
@@ -283,8 +298,8 @@ def test_a_gpu_is_warmed_up_beside_the_stream_and_captures_share_one_pool(
         return X + 1
 
     made = recorder.record(step)
-    ran = ["side waits for here", *["steps on side"] * 2, "here waits for side"]
-    captured = ["captures on side into (0, 1), thread_local", "steps on side"]
+    ran = ["torch's waits for here", *["steps on torch's"] * 2, "here waits for torch's"]
+    captured = ["captures on torch's into (0, 1), thread_local", "steps on torch's"]
     assert log == [*ran, *captured]
     assert torch.equal(made.replay(), X + 1)
     assert made.replay() is made.replay()
@@ -292,9 +307,20 @@ def test_a_gpu_is_warmed_up_beside_the_stream_and_captures_share_one_pool(
     recorder.release()
     recorder.record(step)
     assert [entry for entry in log if "captures" in entry][1:] == [
-        "captures on side into (0, 1), thread_local",
-        "captures on side into (0, 2), thread_local",
+        "captures on torch's into (0, 1), thread_local",
+        "captures on torch's into (0, 2), thread_local",
     ]
+
+
+def test_another_device_than_that_of_torchs_stream_has_one_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+    _fake_cuda(log, monkeypatch, of_torch=torch.device("meta"))
+    recorder = CudaRecorder(CPU)
+    for _ in range(2):
+        recorder.record(lambda: X + 1)
+    assert log.count("captures on own into (0, 1), thread_local") == 2
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +339,7 @@ def test_a_step_that_cannot_be_captured_never_comes_to_a_capture(
     _fake_cuda(log, monkeypatch)
     with pytest.raises(NotRecordableError):
         CudaRecorder(CPU).record(lambda: REFUSED[name][0](X.clone()))
-    assert log == ["side waits for here"]
+    assert log == ["torch's waits for here"]
 
 
 def test_the_table_of_recorders_is_read_only() -> None:

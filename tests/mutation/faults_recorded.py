@@ -1,0 +1,146 @@
+"""Mistakes in recorded decode steps: what is kept, what is masked, what is refused."""
+
+from __future__ import annotations
+
+from mutant import Fault, Group
+
+_STEPS = "tests/laws/test_recorded_steps.py"
+_RECORDING = ("tests/runtime/test_recording.py",)
+
+
+def _claims(*names: str) -> tuple[str, ...]:
+    return tuple(f"{_STEPS}::test_{name}" for name in names)
+
+
+GROUPS = (
+    Group(
+        "recorded steps",
+        "hybrid_fx/runtime/recorded.py",
+        (_STEPS,),
+        (
+            Fault(
+                "the padding of another call stays",
+                "            self._current[0].look(valid)\n",
+                "",
+                _claims("the_tokens_are_those_of_transformers_in_each_family"),
+            ),
+            Fault(
+                "weights that lie elsewhere are not seen",
+                "memory = (self._places, self._workspace.generation)",
+                "memory = (None, self._workspace.generation)",
+                _claims("weights_that_lie_elsewhere_are_recorded_anew"),
+            ),
+            Fault(
+                "new memory for keys and values is not seen",
+                "memory = (self._places, self._workspace.generation)",
+                "memory = (self._places, None)",
+                _claims("more_memory_is_recorded_anew_and_the_old_is_dropped"),
+            ),
+            Fault(
+                "logits are written by the next step",
+                "recording.replay()[: len(ids)].clone()",
+                "recording.replay()[: len(ids)]",
+                _claims("logits_that_were_handed_out_outlive_the_next_step"),
+            ),
+            Fault(
+                "a recording serves unproven",
+                "if not distance <= self._allowed:",
+                "if distance < 0:",
+                _claims("a_recording_that_says_something_else_is_found_out"),
+            ),
+            Fault(
+                "keys and values of a recording that was refused stay",
+                "            return eager()  # once more",
+                "            return logits  # once more",
+                _claims("a_recording_that_says_something_else_is_found_out"),
+            ),
+            Fault(
+                "rows that are not apart stand beside others",
+                "{*powers, rows} if padded else set()",
+                "{*powers, rows}",
+                _claims("rows_that_are_not_apart_are_never_beside_others"),
+            ),
+            Fault(
+                "every number of rows is recorded",
+                "{*powers, rows} if padded else set()",
+                "set()",
+                _claims("rows_that_leave_step_down_through_powers_of_two"),
+            ),
+        ),
+    ),
+    Group(
+        "recorded attention",
+        "hybrid_fx/runtime/attend_at.py",
+        _RECORDING,
+        (
+            Fault(
+                "columns behind the new one are seen",
+                "(valid & (columns <= at))",
+                "valid",
+            ),
+            Fault(
+                "the window is one column longer",
+                "seen & (columns > at - window)",
+                "seen & (columns >= at - window)",
+            ),
+            Fault("a row may see nothing", " | (columns == at)", ""),
+            Fault("the softcap is lost", "    if softcap:\n", "    if False:\n"),
+            Fault("sinks take their share back", ")[..., : keys.shape[2]]", ")[..., 1:]"),
+        ),
+    ),
+    Group(
+        "recorded memory",
+        "hybrid_fx/runtime/workspace.py",
+        _RECORDING,
+        (
+            Fault(
+                "what a former session wrote stays",
+                "                memory.zero_()",
+                "                memory.detach()",
+            ),
+            Fault("one column is remembered", "start:end] = 0", "start + 1 : end] = 0"),
+        ),
+    ),
+    Group(
+        "recorded sessions",
+        "hybrid_fx/runtime/session.py",
+        (_STEPS,),
+        (
+            Fault(
+                "padding that was taken back stays padding",
+                "                self._valid[:, length:] = True",
+                "                self._valid[:, length:] &= True",
+                _claims("columns_that_were_taken_back_are_seen_anew"),
+            ),
+            Fault(
+                "padding among decoded columns is not seen",
+                "        self._moved |= key_valid is not None\n",
+                "",
+                _claims("a_column_that_is_padding_when_it_comes_is_never_seen"),
+            ),
+        ),
+    ),
+    Group(
+        "recording",
+        "hybrid_fx/runtime/recording.py",
+        _RECORDING,
+        (
+            Fault("a mask may index", "        if name in _INDEXING:\n", "        if not name:\n"),
+            Fault(
+                "host data is recorded",
+                '        if name == "lift_fresh":\n',
+                "        if not name:\n",
+            ),
+            Fault(
+                "a copy to the host is recorded",
+                "if name in _COPIES and result.device != self._device:",
+                "if not name:",
+            ),
+            Fault(
+                "a pool that nothing uses is captured into",
+                "        self._pool = None  # one",
+                "        self._pool = self._pool  # one",
+            ),
+        ),
+    ),
+)
