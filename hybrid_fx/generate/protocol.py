@@ -60,7 +60,10 @@ class Session(Protocol):
         """Keys and values ``[B, K, S - start, D]`` of the columns from ``start`` on, copies."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Continue with new rows: row ``i`` is old row ``rows[i]`` (int64 ``[B']``)."""
+        """Continue with new rows: row ``i`` is old row ``rows[i]`` (int64 ``[B']``).
+
+        Rows that lie on the host are better: nobody has to ask a device which of them move.
+        """
 
     def crop(self, length: int) -> None:
         """Forget the columns from ``length`` on."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .host import to_device
 from .protocol import Session
 
 
@@ -59,13 +60,14 @@ class Running:
         stay = closed_up(runs)
         if len(stay) == len(self.rows):
             return False
-        places = torch.tensor(stay, device=self._last.device)
-        self._session.reorder(places)
+        on_host = torch.tensor(stay)
+        self._session.reorder(on_host)
+        places = to_device(on_host, self._last.device)
         self._last = self._last[places]
         if self._logits is not None:
             self._logits = self._logits[places]
         self.rows = [self.rows[place] for place in stay]
-        self.index = torch.tensor(self.rows, device=places.device)
+        self.index = to_device(torch.tensor(self.rows), places.device)
         return True
 
 

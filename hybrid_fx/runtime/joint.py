@@ -184,7 +184,7 @@ class JointSession:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i of the new batch continues old row ``rows[i]`` (rows ``[B']`` int64)."""
-        self._rows = rows if self._rows is None else self._rows[rows]
+        self._rows = rows if self._rows is None else self._rows[rows.to(self._rows.device)]
         self.batch = rows.shape[0]
 
     def crop(self, length: int) -> None:

@@ -111,7 +111,8 @@ class Workspace:
         At an unchanged pitch only rows that change their place are copied, layer by layer.
 
         Args:
-            rows: [B'] int64, the old row of each new one; a row may be taken more than once.
+            rows: [B'] int64, the old row of each new one; a row may be taken more than once. Where
+                they lie on the host, nobody waits for the device.
             pitch: Positions a row has from now on.
             length: Positions to keep.
         """
@@ -132,7 +133,7 @@ class Workspace:
         """:meth:`relay` within the memory and at the pitch there is."""
         count, pitch = rows.shape[0], self.pitch
         moved = (rows != torch.arange(count, device=rows.device)).nonzero().squeeze(1)
-        sources = rows[moved]
+        moved, sources = (r.to(self._device, non_blocking=True) for r in (moved, rows[moved]))
         self._lay_out(max(count, self.rows), pitch)
         for memory in (*self.keys, *self.values) if len(moved) else ():
             memory[moved, :, :length] = memory[sources, :, :length]

@@ -1,0 +1,34 @@
+"""The rows of a session that goes on: who leaves is known on the host, and stays known there."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hybrid_fx.generate.protocol import Session
+from hybrid_fx.generate.running import Running
+
+
+class Elsewhere:
+    """A session on a device whose results nobody can look at."""
+
+    def __init__(self) -> None:
+        self.told: list[Tensor] = []
+
+    def reorder(self, rows: Tensor) -> None:
+        self.told.append(rows)
+
+
+def test_rows_that_leave_ask_the_device_nothing() -> None:
+    device, session = torch.device("meta"), Elsewhere()
+    logits, last = torch.empty(4, 1, 7, device=device), torch.empty(4, 1, device=device).long()
+    running = Running(cast(Session, session), logits, last)
+    assert running.keep([True, False, True, True])
+    (rows,) = session.told
+    assert rows.device.type == "cpu"
+    assert rows.tolist() == running.rows == [0, 3, 2]
+    index: Any = running.index
+    assert index.device == device
+    assert running.take().shape == (3, 7)
