@@ -153,7 +153,7 @@ class JointSession:
             keep=keep,
             length=self.length,
             capacity=self._capacity,
-            rows=self._rows,
+            rows=None if self._rows is None else self._rows.to(input_ids.device),
             opens=self._opens,
         )
         if input_ids.shape[1] == 1 and self.length:
