@@ -44,6 +44,11 @@ class Inputs:
         self.at = torch.zeros(1, dtype=torch.int64, device=device)
         self.valid = torch.ones(rows, pitch, dtype=torch.bool, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(t.nbytes for t in (self.ids, self.positions, self.at, self.valid))
+
     def look(self, valid: Tensor | None) -> None:
         """Take which columns are valid, [B, P] of B <= N rows; ``None``: all are."""
         if valid is None:
@@ -102,7 +107,7 @@ class RecordedDecode:
     @property
     def nbytes(self) -> int:
         """Bytes that the recordings hold, as far as they know."""
-        return sum(recording.nbytes for _, recording in self._kept.values())
+        return sum(inputs.nbytes + recording.nbytes for inputs, recording in self._kept.values())
 
     def begin(self, prepared: Sequence[Tensor], rows: int, *, padded: bool) -> None:
         """A session begins.

@@ -8,6 +8,7 @@ not yet run on a GPU.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -121,6 +122,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(value.values()))
 
 
+#: A process captures one graph at a time.
+_CAPTURING = threading.Lock()
+
+
 class _CudaRecording:
     def __init__(self, graph: Any, result: Tensor, nbytes: int) -> None:
         self._graph, self._result, self.nbytes = graph, result, nbytes
@@ -148,7 +153,7 @@ class CudaRecorder:
     def record(self, step: Step) -> Recording:
         """See :class:`Recorder`."""
         cuda: Any = torch.cuda  # untyped in parts
-        with torch.no_grad(), cuda.device(self._device):
+        with _CAPTURING, torch.no_grad(), cuda.device(self._device):
             graph = cuda.CUDAGraph()
             capture = self._capture(graph)
             stream, here = capture.capture_stream, cuda.current_stream(self._device)

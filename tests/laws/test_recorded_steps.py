@@ -29,6 +29,7 @@ from hybrid_fx.passes import Context, Pass, PassResult
 from hybrid_fx.passes.graph import call, calls, path_of
 from hybrid_fx.runtime import attend_at as attention
 from hybrid_fx.runtime import recorded, runner
+from hybrid_fx.runtime.recording import Watch
 
 ENDS = list(range(5, 20))
 GREEDY: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False}
@@ -68,6 +69,27 @@ def family(kind: str) -> Any:
     return model
 
 
+def step_elsewhere(engine: Any) -> None:
+    """A step on a device without numbers: it must not read or make tensors on another one."""
+    nowhere = torch.device("meta")
+    manifest = engine._graphs.runner.plan.manifest
+    inputs = recorded.Inputs(3, 256, nowhere)
+    prepared = [
+        torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=nowhere)
+        for entry in manifest.prepared
+    ]
+    memory = [
+        [torch.empty(3, layer.kv_heads, 256, size(layer), device=nowhere) for layer in manifest.kv]
+        for size in (lambda layer: layer.head_size, lambda layer: layer.value_head_size)
+    ]
+    windows = {layer.window or 0 for layer in manifest.kv}
+    with Watch(nowhere), torch.no_grad():
+        masks = attention.masks_at(inputs.valid, inputs.at, windows, torch.float32)
+        fixed = (inputs.ids, inputs.positions, inputs.at, masks, 256, 1)
+        logits = steps_of(engine)._decode(*fixed, prepared, *memory)
+    assert (logits.shape, logits.device) == ((3, 1, VOCAB), nowhere)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt350", "mistral", "gemma2"])
 def test_the_tokens_are_those_of_transformers_in_each_family(
     tapes: type[TapeRecorder], kind: str
@@ -78,6 +100,7 @@ def test_the_tokens_are_those_of_transformers_in_each_family(
         assert [rows for rows, _ in sizes_of(engine)] == [4, 1, 2]
         assert [tape.replays for tape in tapes.tapes] == [6, 6, 12], "the first is the proof"
         assert not engine.stats.fallbacks
+        step_elsewhere(engine)
 
 
 @given(
@@ -403,7 +426,7 @@ def test_releasing_drops_all_recordings(tapes: type[TapeRecorder]) -> None:
     engine = engine_of(tiny("llama"))
     same_tokens(engine, **prompt((5, 3)), **GREEDY)
     report = engine.explain()
-    held = sum(tape.nbytes for tape in tapes.tapes[2:])
+    held = sum(tape.nbytes for tape in tapes.tapes[2:]) + 2 * 256 + 8 * (2 + 2 + 1)
     assert report.recorded_bytes == engine.stats.as_dict()["recorded_bytes"] == held > 0
     assert report.eval_bytes == report.kv_bytes + report.prepared_bytes + report.recorded_bytes
     assert "recorded decode steps" in str(report)
