@@ -46,10 +46,11 @@ class HybridConfig:
         strict: Raise where a layer cannot be rewritten or a call leaves the rewritten graphs.
         graph: How the graphs run: ``"eager"`` as generated; ``"inductor"`` lowers each layer
             function, and takes no packed weights; ``"cudagraphs"`` records the decode step on a
-            GPU, once for each number of rows, and replays it at every position and for every
-            weight version that lies in the same memory. Rows take a multiple of 256 positions
-            then, all of which attention reads. What cannot be recorded runs as generated, and
-            ``explain()`` says why. With ``release_inference_cache`` each generate records anew.
+            GPU, once for each number of rows and each doubling of their columns from 256 on, and
+            replays it at every position and for every weight version that lies in the same
+            memory. Rows take a multiple of 256 positions then. What cannot be recorded runs as
+            generated, and ``explain()`` says why. With ``release_inference_cache`` each generate
+            records anew.
         sampling: Which random numbers a sampling ``generate`` draws. ``"hf"``: those that
             transformers draws under the same seed, one for each token of the vocabulary, in each
             row and step. ``"per_sequence"``: each sequence has a stream of its own, made from its

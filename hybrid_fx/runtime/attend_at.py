@@ -1,10 +1,10 @@
 """The decode step's attention over fixed shapes: the position that is written is a tensor.
 
 In the place of ``attend_one``, in a step that is recorded: every length has the same shapes, so
-that one recording serves them all. It reads every position of a row; masks say which count.
+that one recording serves them all. It reads the first C columns of each row; masks say which count.
 
-Shapes: N rows of the step, P positions a row of the workspace, H query heads, K key-value heads,
-D head size.
+Shapes: N rows of the step, C columns that are read, P positions a row of the workspace, H query
+heads, K key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def masks_at(
     """What to add to the scores of a query at column ``at``, for each kind of layer.
 
     Args:
-        valid: bool [N, P], False for padding; columns behind ``at`` are not looked at.
+        valid: bool [N, C], False for padding; columns behind ``at`` are not looked at.
         at: int64 [1], the column that is written.
         windows: Of the layers; 0 is unlimited.
         dtype: Of queries and keys.
 
     Returns:
-        A window to [N, 1, 1, P] in ``dtype``: 0 where a column counts, else -inf. The new column
+        A window to [N, 1, 1, C] in ``dtype``: 0 where a column counts, else -inf. The new column
         always counts, so that no row is without one.
     """
     columns = torch.arange(valid.shape[1], device=valid.device)
@@ -64,7 +64,7 @@ def attend_at(
         query: [N, H, 1, D]; key, value: [N, K, 1, D], the new tokens.
         key_memory, value_memory: [N, K, P, D], one layer's workspace, written in place. What was
             never written must be finite, as it enters products.
-        at: int64 [1], the column to write, in all rows.
+        at: int64 [1], the column to write, in all rows; below C.
         masks: See :func:`masks_at`.
         pitch: P.
 
@@ -77,12 +77,11 @@ def attend_at(
     kv_heads = key.shape[1]
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, size)
     mask = masks[window].to(query.dtype)
+    keys, values = (memory[:, :, : mask.shape[3]] for memory in (key_memory, value_memory))
     if softcap or sinks is not None:
-        out = _written_out(grouped, key_memory, value_memory, mask, scale, softcap, sinks)
+        out = _written_out(grouped, keys, values, mask, scale, softcap, sinks)
     else:
-        out = F.scaled_dot_product_attention(
-            grouped, key_memory, value_memory, attn_mask=mask, scale=scale
-        )
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(rows, 1, heads, value_memory.shape[3])
 
 

@@ -1,15 +1,17 @@
-"""Decode steps replayed from recordings: one of each number of rows serves all positions.
+"""Decode steps replayed from recordings: one of each number of rows serves many positions.
 
-A recording runs the plan's own decode source, with an attention that reads all positions of a row
-and masks those that do not count (:mod:`.attend_at`). What differs from step to step lies in
-memory of its own: ids, positions, the column that is written, which columns are valid. Prepared
-tensors and the KV workspace are read where they lie, so a weight switch that refills them keeps
-the recordings; where they lie elsewhere, steps are recorded anew.
+A recording runs the plan's own decode source, with an attention that reads the first columns of
+each row and masks those that do not count (:mod:`.attend_at`). Where rows have outgrown these,
+another recording reads twice as many: what is reserved and not used costs nothing. What differs
+from step to step lies in memory of its own: ids, positions, the column that is written, which
+columns are valid. Prepared tensors and the KV workspace are read where they lie, so a weight switch
+that refills them keeps the recordings; where they lie elsewhere, steps are recorded anew.
 
 The first step of a recording is served by the graph as it stands, and the recording is held
 against it; whatever cannot be recorded goes on that way.
 
-Legend: B rows of the call, N rows of a recording, P positions a row, V vocabulary.
+Legend: B rows of the call, N rows of a recording, C columns that it reads, P positions a row,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,24 +27,27 @@ from ..plan.plan import Manifest
 from .attend_at import masks_at
 from .closeness import allowed_distance, distance_of
 from .recording import NotRecordableError, Recorder, Recording
-from .workspace import Workspace
+from .workspace import STRIDE, Workspace
 
 logger = logging.getLogger("hybrid_fx")
 
 #: Recordings to keep; those that served longest ago go first.
-_MOST = 32
+_MOST = 64
+
+#: N, C and P of a recording.
+Size = tuple[int, int, int]
 
 
 class Inputs:
     """What a recorded step reads and others write: ``ids`` and ``positions`` int64 [N, 1], ``at``
-    int64 [1], ``valid`` bool [N, P]. Rows behind those of a session hold what they held."""
+    int64 [1], ``valid`` bool [N, C]. Rows behind those of a session hold what they held."""
 
-    def __init__(self, rows: int, pitch: int, device: torch.device) -> None:
-        self.rows, self.pitch = rows, pitch
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.rows, self.columns = rows, columns
         self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)
-        self.valid = torch.ones(rows, pitch, dtype=torch.bool, device=device)
+        self.valid = torch.ones(rows, columns, dtype=torch.bool, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -50,11 +55,11 @@ class Inputs:
         return sum(t.nbytes for t in (self.ids, self.positions, self.at, self.valid))
 
     def look(self, valid: Tensor | None) -> None:
-        """Take which columns are valid, [B, P] of B <= N rows; ``None``: all are."""
+        """Take which columns are valid, [B, P] of B <= N rows, P >= C; ``None``: all are."""
         if valid is None:
             self.valid.fill_(True)
         else:
-            self.valid[: len(valid)].copy_(valid[:, : self.pitch])
+            self.valid[: len(valid)].copy_(valid[:, : self.columns])
 
     def put(self, ids: Tensor, positions: Tensor, at: int) -> None:
         """Take the tokens of a step, [B, 1], and the column that they stand in."""
@@ -92,7 +97,7 @@ class RecordedDecode:
         self._windows = sorted({layer.window or 0 for layer in manifest.kv})
         self._dtype = getattr(torch, manifest.kv[0].dtype) if manifest.kv else torch.float32
         self._allowed = allowed_distance(manifest)
-        self._kept: dict[tuple[int, int], tuple[Inputs, Recording]] = {}
+        self._kept: dict[Size, tuple[Inputs, Recording]] = {}
         self._prepared: Sequence[Tensor] = ()
         self._places: Sequence[Any] = ()  # of what is prepared
         self._recorded_on: tuple[Any, ...] = ()
@@ -146,8 +151,8 @@ class RecordedDecode:
         """
         if self.failure:
             return eager()
-        if moved or self._current is None:
-            self._current = self._found(len(ids))
+        if moved or self._current is None or at >= self._current[0].columns:
+            self._current = self._found(len(ids), at)
             if self._current is None:
                 return self._first(eager, ids, positions, valid, at)
             self._current[0].look(valid)
@@ -165,22 +170,25 @@ class RecordedDecode:
         self._kept.clear()
         self._recorder.release()
 
-    def _key(self, rows: int) -> tuple[int, int]:
-        """N and P for a step of so many rows: behind them stand rows that nobody reads."""
-        most = self._workspace.most_rows
+    def _size(self, rows: int, at: int) -> Size:
+        """For a step of so many rows: behind them stand rows that nobody reads."""
+        pitch, most = self._workspace.pitch, self._workspace.most_rows
         fit = min((size for size in self._sizes if rows <= size <= most), default=rows)
-        return fit, self._workspace.pitch
+        columns = STRIDE
+        while columns <= at:
+            columns *= 2
+        return fit, min(columns, pitch), pitch
 
-    def _found(self, rows: int) -> tuple[Inputs, Recording] | None:
+    def _found(self, rows: int, at: int) -> tuple[Inputs, Recording] | None:
         """The recording for so many rows, where there is one on this memory."""
         memory = (self._places, self._workspace.generation)
         if memory != self._recorded_on:
             self._drop()
             self._recorded_on = memory
-        key = self._key(rows)
-        found = self._kept.pop(key, None)
+        size = self._size(rows, at)
+        found = self._kept.pop(size, None)
         if found is not None:
-            self._kept[key] = found  # as the latest
+            self._kept[size] = found  # as the latest
         return found
 
     def _first(
@@ -194,7 +202,8 @@ class RecordedDecode:
         """A step that is recorded; what it returns comes from the graph as it stands."""
         logits = eager()
         try:
-            inputs = Inputs(*self._key(len(ids)), self._device)
+            size = self._size(len(ids), at)
+            inputs = Inputs(*size[:2], self._device)
             inputs.look(valid)
             inputs.put(ids, positions, at)
             recording = self._record(inputs)
@@ -202,7 +211,7 @@ class RecordedDecode:
         except Exception as error:  # not of the step itself, which has just run
             self._fail(error)
             return eager()  # once more: what was tried has written keys and values
-        self._current = self._kept[inputs.rows, inputs.pitch] = inputs, recording
+        self._current = self._kept[size] = inputs, recording
         if len(self._kept) > _MOST:
             del self._kept[next(iter(self._kept))]
         return logits
@@ -211,10 +220,11 @@ class RecordedDecode:
         if elsewhere := [t.device for t in self._prepared if t.device != self._device]:
             raise NotRecordableError(f"a prepared tensor lies on {elsewhere[0]}")
         memory, prepared = self._workspace.first(inputs.rows), self._prepared
+        pitch = self._workspace.pitch
 
         def step() -> Tensor:
             masks = masks_at(inputs.valid, inputs.at, self._windows, self._dtype)
-            fixed = (inputs.ids, inputs.positions, inputs.at, masks, inputs.pitch, 1)
+            fixed = (inputs.ids, inputs.positions, inputs.at, masks, pitch, 1)
             return self._decode(*fixed, prepared, *memory)
 
         with torch.no_grad():

@@ -22,7 +22,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 #: Where steps are recorded a row has a multiple of so many positions: few recordings serve all
 #: lengths, and a mask over them is aligned as kernels want it.
-_STRIDE = 256
+STRIDE = 256
 
 
 class Workspace:
@@ -95,7 +95,7 @@ class Workspace:
         return self._slots // self.pitch
 
     def _rounded(self, pitch: int) -> int:
-        return -(-pitch // _STRIDE) * _STRIDE if self._recorded else pitch
+        return -(-pitch // STRIDE) * STRIDE if self._recorded else pitch
 
     def _allocate(self, layer: KVLayer, slots: int) -> tuple[Tensor, Tensor]:
         # Zeros: a slot that is masked out still enters products, and memory may hold NaN.

@@ -71,7 +71,7 @@ def test_one_graph_serves_all_positions_and_rows_that_outgrow_it() -> None:
             assert_same(engine, asked(length, length, new=new))
         assert engine.stats.counters["recordings"] == 1
         assert_same(engine, asked(20, 9, new=300))
-        assert sizes_of(engine) == [(2, 512)]
+        assert sizes_of(engine) == [(2, 256), (2, 512)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -51,9 +51,9 @@ def steps_of(engine: Any) -> recorded.RecordedDecode:
 
 
 def sizes_of(engine: Any) -> list[tuple[int, int]]:
-    """Rows and positions of the recordings there are, the latest last."""
+    """Rows and columns of the recordings there are, the latest last."""
     assert not steps_of(engine).failure
-    return [(inputs.rows, inputs.pitch) for inputs, _ in steps_of(engine)._kept.values()]
+    return [(inputs.rows, inputs.columns) for inputs, _ in steps_of(engine)._kept.values()]
 
 
 def family(kind: str) -> Any:
@@ -316,11 +316,21 @@ def test_a_session_that_outgrows_its_rows_goes_on(tapes: type[TapeRecorder]) -> 
         session.forward(ids[:, :252], at[:, :252])
         parts = [session.forward(ids[:, i : i + 1], at[:, i : i + 1]) for i in range(252, 262)]
         session.close()
-        assert sizes_of(engine) == [(2, 512)]
+        assert sizes_of(engine) == [(2, 512)], "in memory of their own"
         with torch.no_grad():
             wanted = model(input_ids=ids, position_ids=at).logits[:, 252:]
     torch.testing.assert_close(torch.cat(parts, 1), wanted, rtol=1e-4, atol=1e-4)
     assert len(tapes.tapes) == 2
+
+
+def test_columns_that_nobody_uses_are_not_read(tapes: type[TapeRecorder]) -> None:
+    model = tiny("llama", max_position_embeddings=600)
+    with engine_of(model, max_out_tokens=600) as engine:
+        for length in (252, 510, 252):
+            same_tokens(engine, **prompt((length, 9)), **GREEDY)
+        assert engine._graphs.runner.workspace.pitch == 768
+        assert sizes_of(engine) == [(2, 768), (2, 256), (2, 512)]
+        assert [tape.replays for tape in tapes.tapes] == [8, 6, 4]
 
 
 def test_columns_that_were_taken_back_are_seen_anew(tapes: type[TapeRecorder]) -> None:
