@@ -62,8 +62,8 @@ GROUPS = (
             ),
             Fault(
                 "rows that move within the memory stay where they were",
-                "sources = rows[moved]",
-                "sources = moved",
+                "for r in (moved, rows[moved]))",
+                "for r in (moved, moved))",
             ),
             Fault(
                 "rows that keep their place are copied",

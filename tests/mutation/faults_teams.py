@@ -76,8 +76,8 @@ GROUPS = (
         (
             Fault(
                 "rows that moved twice forget the first time",
-                "self._rows = rows if self._rows is None else self._rows[rows]",
-                "self._rows = rows",
+                "if self._rows is None else self._rows[rows.to(self._rows.device)]",
+                "",
                 _SESSIONS,
             ),
             Fault(
