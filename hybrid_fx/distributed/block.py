@@ -32,7 +32,7 @@ class HybridBlock:
             beside what stands outside of layers. No effect under other stages.
         tp_gather_partition_size: Layers that one gather makes whole at most, where
             ``inference_tp_size`` is above 1 under ZeRO-3. Without effect elsewhere.
-        enable_cuda_graph: Accepted, without effect.
+        enable_cuda_graph: The option ``graph="cudagraphs"``, where the options name no other.
 
     Raises:
         ConfigError: for a value of another kind.
@@ -88,5 +88,6 @@ def options_of(config: Mapping[str, Any], block: HybridBlock) -> HybridConfig:
     said = {
         "max_out_tokens": block.max_out_tokens,
         "release_inference_cache": block.release_inference_cache,
+        "graph": "cudagraphs" if block.enable_cuda_graph else "eager",
     }
     return make_config(None, {**said, **own})

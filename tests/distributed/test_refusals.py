@@ -167,8 +167,15 @@ def test_a_model_that_is_sliced_already_is_refused_by_name() -> None:
     assert sliced_part(model) == "model.layers.1.mlp.down_proj, a LinearAllreduce of AutoTP"
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"hybrid_engine": {"enabled": True}, "hybrid_fx": {"graph": "cudagraphs"}},
+        {"hybrid_engine": {"enabled": True, "enable_cuda_graph": True}},
+    ],
+)
 def test_steps_are_not_recorded_where_deepspeed_puts_the_model(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
 ) -> None:
     pytest.importorskip("deepspeed", reason="needs deepspeed")
     from hybrid_fx.distributed import seam
@@ -176,13 +183,8 @@ def test_steps_are_not_recorded_where_deepspeed_puts_the_model(
     monkeypatch.setattr(seam, "accelerator_device", lambda: torch.device("cpu"))
     model = tiny("llama")
     before = dict(vars(model))
-    config = {
-        "train_batch_size": 1,
-        "hybrid_engine": {"enabled": True},
-        "hybrid_fx": {"graph": "cudagraphs"},
-    }
     with pytest.raises(ConfigError, match=r'the model is on cpu; .*graph="eager"'):
-        hybrid_fx.initialize(model=model, config=config)
+        hybrid_fx.initialize(model=model, config={"train_batch_size": 1, **asked})
     assert vars(model) == before
 
 
@@ -216,7 +218,9 @@ def test_the_block_is_read_verbatim() -> None:
     assert {name: getattr(read, name) for name in block} == block
     options = options_of({"hybrid_fx": {"lora": "side", "max_out_tokens": 9}}, read)
     assert (options.max_out_tokens, options.release_inference_cache) == (9, True)
-    assert options.lora == "side"
+    assert (options.lora, options.graph) == ("side", "cudagraphs")
+    assert options_of({"hybrid_fx": {"graph": "eager"}}, read).graph == "eager"
+    assert options_of({}, HybridBlock()) == HybridConfig(max_out_tokens=512)
 
 
 @pytest.mark.parametrize(
