@@ -105,9 +105,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             yield from (said for tag, said in _TAGS.items() if tag in func.tags)
         for tensor in tensors_in((args, kwargs)):
-            # A number on the host goes into the kernel's arguments, which is what a literal does.
-            number = tensor.device.type == "cpu" and not tensor.dim() and name not in _COPIES
-            if tensor.device != self._device and not number:
+            if tensor.device != self._device:
                 yield f"takes a tensor from {tensor.device}"
 
 

@@ -81,6 +81,13 @@ def test_what_a_gpu_records_is_not_refused(name: str) -> None:
     assert torch.equal(got, wanted)
 
 
+def test_a_tensor_on_the_host_is_refused_though_it_holds_one_number() -> None:
+    """Its value would be that of the recording, whatever a weight switch writes into it."""
+    nowhere = torch.device("meta")
+    with pytest.raises(NotRecordableError, match="takes a tensor from cpu"), Watch(nowhere):
+        torch.empty(3, device=nowhere) * torch.ones(())
+
+
 def test_a_tape_repeats_operators_on_its_memory_and_not_the_code_around_them() -> None:
     factor, given_ = 2.0, torch.ones(3)
     kept = torch.zeros(2, 3)
