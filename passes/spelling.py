@@ -178,8 +178,10 @@ def spell(node: fx.Node) -> None:
 def arrange(node: fx.Node) -> None:
     """Known keywords become positional arguments, loose sizes one tuple."""
     name = operator_name(node.target) if node.op == "call_function" else None
-    if name in _SHAPED and len(node.args) > 2:
-        node.args = (node.args[0], tuple(node.args[1:]))
+    if name in _SHAPED:
+        sizes = node.args[1:]
+        if len(sizes) > 1 or any(isinstance(value_of(size), int | torch.SymInt) for size in sizes):
+            node.args = (node.args[0], sizes)
     if name in INPLACE_AT:
         _arrange_inplace(node, INPLACE_AT[name])
     if name == "gelu" and node.kwargs.get("approximate") == "none":

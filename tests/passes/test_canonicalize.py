@@ -63,6 +63,7 @@ SPELLINGS: dict[str, tuple[Make, str]] = {
     "x.type": (lambda b, x, y: b.raw("type", x, torch.float64), "to"),
     "x.view": (lambda b, x, y: b.raw("view", x, 2, -1), "view"),
     "x.view(tuple)": (lambda b, x, y: b.raw("view", x, (2, -1)), "view"),
+    "x.reshape(size)": (lambda b, x, y: b.raw("reshape", x, -1), "reshape"),
     "x.view(dtype)": (lambda b, x, y: b.raw("view", x, torch.int32), "view"),
     "x.permute": (lambda b, x, y: b.raw("permute", x, 2, 0, 1), "permute"),
     "x.T": (lambda b, x, y: b.raw(getattr, b.raw("flatten", x, 1), "T"), "flatten t"),
