@@ -75,7 +75,7 @@ class HybridConfig:
             before you capture CUDA graphs of your own, or keep a tensor on a parameter's memory.
             What cannot be laid out (tied or shared memory, views such as DeepSpeed's, sharded or
             quantized weights, folded adapters) is copied, and ``explain()`` says what and why.
-            On a CPU, packed weights are copies all the same: with
+            On a CPU, packed weights are copies all the same, and not laid out: with
             ``disable_passes=("pack_weights",)``, generating holds the KV alone.
         passes: Passes of your own, :class:`hybrid_fx.passes.Pass`; each runs as late as its
             contract allows, in the graphs that generate. They may add any operator of the table.

@@ -1,8 +1,9 @@
 """Operators that merge adapters into weights, and say what rounding takes of them.
 
 A weight is folded in pieces, each of which stays in the cache from its first sum to its last, in
-memory that the next one uses again: fresh pages cost more than the sums. Per piece of W, with the
-adapter's change D, in float32 (float64 where W is):
+memory that the next one uses again: fresh pages cost more than the sums. Who folds many weights
+hands in where that memory, and the results, come from. Per piece of W, with the adapter's change
+D, in float32 (float64 where W is):
 
     D = sum(scale * B @ A),   folded = round(W + D),   lost = (folded - W) - D
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,19 @@ _ON_CPU, _ELSEWHERE = 2**19, 2**24
 
 #: How many copies of a piece there are.
 _COPIES = 3
+
+
+class Empty(Protocol):
+    """Where memory comes from: a contiguous tensor of that kind, its contents undefined."""
+
+    def __call__(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor: ...
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that nobody had before."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def fold_lora(weight: Tensor, *deltas: Any) -> Tensor:
@@ -52,38 +66,54 @@ def fold_dora(weight: Tensor, magnitude: Tensor, a: Tensor, b: Tensor, scale: fl
     return _fold(weight, (a, b, scale), magnitude)[0]
 
 
-def measured_lora(weight: Tensor, *deltas: Any) -> tuple[Tensor, Tensor]:
+def measured_lora(weight: Tensor, *deltas: Any, empty: Empty = fresh) -> tuple[Tensor, Tensor]:
     """What :func:`fold_lora` gives, and how much of it rounding takes: ``|lost| / |D|``, a scalar.
 
     This is the relative error of the adapter's output for inputs without a preferred direction.
     No change at all has error 0.
     """
-    return _fold(weight, deltas, measured=True)
+    return _fold(weight, deltas, measured=True, empty=empty)
 
 
 def measured_dora(
-    weight: Tensor, magnitude: Tensor, a: Tensor, b: Tensor, scale: float
+    weight: Tensor,
+    magnitude: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    empty: Empty = fresh,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`fold_dora` gives, and its error as in :func:`measured_lora`."""
-    return _fold(weight, (a, b, scale), magnitude, measured=True)
+    return _fold(weight, (a, b, scale), magnitude, measured=True, empty=empty)
 
 
-def unmeasured_lora(weight: Tensor, *deltas: Any) -> tuple[Tensor, Tensor]:
+def unmeasured_lora(weight: Tensor, *deltas: Any, empty: Empty = fresh) -> tuple[Tensor, Tensor]:
     """In place of :func:`measured_lora` where nobody asks for the error: it is 0."""
-    return _fold(weight, deltas)
+    return _fold(weight, deltas, empty=empty)
 
 
 def unmeasured_dora(
-    weight: Tensor, magnitude: Tensor, a: Tensor, b: Tensor, scale: float
+    weight: Tensor,
+    magnitude: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    empty: Empty = fresh,
 ) -> tuple[Tensor, Tensor]:
     """In place of :func:`measured_dora` where nobody asks for the error: it is 0."""
-    return _fold(weight, (a, b, scale), magnitude)
+    return _fold(weight, (a, b, scale), magnitude, empty=empty)
 
 
 def piece_bytes(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
     """An upper bound of the memory that a fold of such a weight takes beside its result."""
-    held = min(math.prod(shape), max(_at_once(device), *shape))
-    return _COPIES * held * _wide(dtype).itemsize
+    return _COPIES * _held(shape, device) * _wide(dtype).itemsize
+
+
+def _held(shape: Sequence[int], device: torch.device) -> int:
+    """Elements of a piece at most; of all larger weights it is the same, but for huge rows."""
+    return min(math.prod(shape), max(_at_once(device), *shape))
 
 
 def _at_once(device: torch.device) -> int:
@@ -101,6 +131,7 @@ def _fold(
     magnitude: Tensor | None = None,
     *,
     measured: bool = False,
+    empty: Empty = fresh,
 ) -> tuple[Tensor, Tensor]:
     dtype = _wide(weight.dtype)
     pairs = [
@@ -115,11 +146,11 @@ def _fold(
         total = sum((b @ a * scale for b, a, scale in pairs), start=weight.to(dtype))
         return (total if factor is None else total * factor).to(weight.dtype), total.new_zeros(())
     if weight.stride(0) >= weight.stride(1):
-        return _in_pieces(weight, pairs, factor, measured)
+        return _in_pieces(weight, pairs, factor, measured, empty)
     # Rows that lie across memory: fold the transpose, along which pieces are whole again.
     pairs = [(a.t(), b.t(), scale) for b, a, scale in pairs]
     factor = None if factor is None else factor.t()
-    folded, error = _in_pieces(weight.t(), pairs, factor, measured)
+    folded, error = _in_pieces(weight.t(), pairs, factor, measured, empty)
     return folded.t(), error
 
 
@@ -135,16 +166,19 @@ def _in_pieces(
     pairs: Sequence[tuple[Tensor, Tensor, float]],
     factor: Tensor | None,
     measured: bool,
+    empty: Empty,
 ) -> tuple[Tensor, Tensor]:
     """The sum of ``weight`` [N, M] and the products of each pair [N, R] @ [R, M], times ``factor``.
 
     The result lies in memory as the weight does. Its error is 0 where not ``measured``.
     """
-    folded = torch.empty_like(weight)
-    rows = min(weight.shape[0], max(1, _at_once(weight.device) // max(1, weight.shape[1])))
+    folded = empty(weight.shape, weight.dtype, weight.device)
+    columns = weight.shape[1]
+    rows = min(weight.shape[0], max(1, _at_once(weight.device) // max(1, columns)))
     dtype = _wide(weight.dtype)
-    memory = weight.new_empty((_COPIES, rows, weight.shape[1]), dtype=dtype)
-    changed, lost = [weight.new_zeros((), dtype=dtype)], [weight.new_zeros((), dtype=dtype)]
+    memory = empty((_COPIES, _held(weight.shape, weight.device)), dtype, weight.device)
+    memory = memory[:, : rows * columns].view(_COPIES, rows, columns)
+    changed, lost = [weight.new_zeros(1, dtype=dtype)], [weight.new_zeros(1, dtype=dtype)]
     for begin in range(0, weight.shape[0], max(1, rows)):
         here = slice(begin, begin + rows)
         part, result = weight[here], folded[here]
@@ -161,7 +195,8 @@ def _in_pieces(
             if factor is not None:
                 change.mul_(factor[here]).addcmul_(base, factor[here] - 1)
             total.copy_(result).sub_(base).sub_(change)
-            changed.append(torch.linalg.vector_norm(change))
-            lost.append(torch.linalg.vector_norm(total))
-    change, total = (torch.linalg.vector_norm(torch.stack(norms)) for norms in (changed, lost))
+            # Row by row: each thread reads what it wrote, where one number is of one thread's.
+            changed.append(torch.linalg.vector_norm(change, dim=1))
+            lost.append(torch.linalg.vector_norm(total, dim=1))
+    change, total = (torch.linalg.vector_norm(torch.cat(norms)) for norms in (changed, lost))
     return folded, torch.where(change > 0, total / change, torch.zeros_like(total))

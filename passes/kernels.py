@@ -146,6 +146,20 @@ class Store(Protocol):
     def store(self, index: int, value: Tensor) -> None: ...
 
 
+class PackedStore(Store, Protocol):
+    """One that lays weights out for the kernel of their device."""
+
+    def store_packed(self, index: int, *weights: Tensor) -> None: ...
+
+
 def store(target: Store, index: int, value: Tensor) -> None:
     """Hand prepared tensor number ``index`` to ``target``."""
     target.store(index, value)
+
+
+def store_packed(target: PackedStore, index: int, *weights: Tensor) -> None:
+    """Hand prepared tensor number ``index`` to ``target`` as the weights [n_i, E] it is packed of.
+
+    It is ``pack(concat_rows(*weights))``, or ``pack(weight)`` of a single one.
+    """
+    target.store_packed(index, *weights)

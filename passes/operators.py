@@ -76,7 +76,7 @@ def _build() -> dict[str, Callable[..., Any]]:
             kernels,
             "rms_norm add_rms_norm add_layer_norm gated_mlp split_gated_mlp plain_mlp gather "
             "issue_gather wait_gather concat_rows given last_tokens select_tokens "
-            "track_gradient store",
+            "track_gradient store store_packed",
         ),
     ):
         table |= {name: getattr(module, name) for name in names.split()}
@@ -105,6 +105,7 @@ EFFECTS: frozenset[str] = IN_PLACE | {
     "attend_as_configured",
     "track_gradient",
     "store",
+    "store_packed",
     "all_reduce",
     "all_gather",
     "issue_gather",

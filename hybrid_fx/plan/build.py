@@ -14,11 +14,9 @@ from torch import fx
 from ..passes.contract import Context, Pipeline
 from ..passes.driver import PassRecord, run_passes
 from ..passes.emit import emit
-from ..passes.fold_lora import site_of
-from ..passes.graph import after, calls, inside, name_of, path_of, shape_of, value_of
+from ..passes.graph import inside, name_of, shape_of, value_of
 from ..passes.hoist import Hoisted, hoist
 from ..passes.layers import layer_paths, nodes_by_layer
-from ..passes.operators import OPERATORS
 from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, STREAM, copy_graph
 from ..passes.policies import POLICIES
 from ..passes.roles import LayerMatch, Policy, match_layer
@@ -26,6 +24,7 @@ from ..passes.spec import THREADED, check_graph
 from ..passes.thread_kv import KVShape, kv_shapes
 from .log import hoisted, logged
 from .plan import Manifest, Plan
+from .prepare import prepare_source
 from .records import KVLayer, Prepared, Streamed, Weight
 
 INPUTS = ("input_ids", "position_ids", "slots", "key_valid", "pitch", "keep")
@@ -100,7 +99,7 @@ def build_plan(
     staged = hoist(graph)
     log.append(hoisted(staged, size, time.perf_counter() - start))
     weights = number_weights(staged.prepare)
-    prepare, sites = _prepare_source(staged, list(layers))
+    prepare, sites = prepare_source(staged, list(layers))
     sources, embeds = {"prepare": prepare}, False
     streamed = _streamed(staged.body)
     more = ["group"] * (shard[1] > 1) + ["shards"] * bool(streamed)
@@ -191,97 +190,6 @@ def _streamed(graph: fx.Graph) -> tuple[Streamed, ...]:
         for layer, meta in enumerate(rows)
         for name, val in zip(meta["streamed"], meta["val"], strict=True)
     )
-
-
-def _by_layer(
-    graph: fx.Graph, layers: Sequence[str], outputs: Mapping[str, Sequence[fx.Node]]
-) -> fx.Graph:
-    """A copy in which each layer's nodes stand together, followed by the stores of its results.
-
-    Args:
-        outputs: What is stored where: the name of a parameter of the source to nodes of ``graph``.
-    """
-    groups: list[list[fx.Node]] = [[] for _ in range(len(layers) + 1)]
-    group_of: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_function":
-            own = next((i + 1 for i, path in enumerate(layers) if inside(node, path)), 0)
-            # what reads another group's result cannot stand before it
-            group_of[node] = max(own, *(group_of.get(s, 0) for s in node.all_input_nodes), 0)
-            groups[group_of[node]].append(node)
-    new, copies = fx.Graph(), {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = new.node_copy(node)
-    targets = {name: new.placeholder(name) for name in outputs}
-    for name, target in targets.items():
-        target.meta |= {"path": "", "input": name}
-    for group in groups:
-        members = set(group)
-        for node in group:
-            copies[node] = new.node_copy(node, lambda n: copies[n])
-        for name, nodes in outputs.items():
-            for index, node in enumerate(nodes):
-                if node in members or (node.op == "placeholder" and group is groups[0]):
-                    arguments = (targets[name], index, copies[node])
-                    stored = new.call_function(OPERATORS["store"], arguments)
-                    stored.meta["path"] = ""
-    new.output(None)
-    return new
-
-
-def _prepare_source(staged: Hoisted, layers: Sequence[str]) -> tuple[str, list[str]]:
-    """The prepare graph as source, and the sites of its folds.
-
-    Where there are some, it stores the error of each beside its results; and a second function
-    stores the errors alone.
-    """
-    graph = copy_graph(staged.prepare)
-    folds = calls(graph, "fold_lora", "fold_dora")
-    sites = [site_of(path_of(fold)) for fold in folds]
-    errors = [_measured(graph, fold) for fold in folds]
-    output = next(n for n in graph.nodes if n.op == "output")
-    results = output.args[0]
-    assert isinstance(results, tuple)
-
-    def source(function: str, outputs: Mapping[str, Sequence[Any]]) -> str:
-        return emit(
-            _by_layer(graph, layers, outputs),
-            function=function,
-            parameters=("weights", *outputs),
-            layer_name=f"{function}_layer",
-            layers=layers,
-        )
-
-    if not folds:
-        return source("prepare", {"prepared": results}), []
-    prepare = source("prepare", {"prepared": results, "errors": errors})
-    output.args = (tuple(errors),)
-    _drop_unused(graph)
-    return prepare + "\n\n" + source("measure", {"errors": errors}), sites
-
-
-def _measured(graph: fx.Graph, fold: fx.Node) -> fx.Node:
-    """Put a fold that measures in the place of one; its error, which is what rounding takes."""
-    measure = OPERATORS[str(name_of(fold)).replace("fold", "measured")]
-    with after(graph, fold):
-        both = graph.call_function(measure, fold.args)
-        folded, error = (
-            graph.create_node("call_function", OPERATORS["getitem"], (both, place), name=name)
-            for place, name in enumerate(("folded", "error"))
-        )
-    for node in (both, folded, error):
-        node.meta["path"] = path_of(fold)
-    folded.meta["val"] = value_of(fold)
-    fold.replace_all_uses_with(folded)
-    graph.erase_node(fold)
-    return error
-
-
-def _drop_unused(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
 
 
 def _report(graph: fx.Graph, match: LayerMatch, records: Sequence[PassRecord]) -> Mapping[str, Any]:

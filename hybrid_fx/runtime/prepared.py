@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..passes.packing import packed_bytes, refill
+from ..passes.kernels import concat_rows
+from ..passes.packing import pack, packed_bytes, packs, refill
 from ..plan.records import Prepared
 from .huge_pages import block
 from .placing import place
@@ -44,6 +45,12 @@ class PreparedTensors:
     not returned and faulted in again; a weight, a view of one or a stack in which weights lie is
     taken as it is, and never refilled. What was gathered is never a weight. A slice of what was
     made does not keep the rest of it.
+
+    Args:
+        wanted: What there is to be, in order.
+        gather: Makes sharded weights whole; ``None`` where all are.
+        rows: Where weights that are stacked lie in one buffer.
+        join: The operator ``concat_rows``, for what a device does not pack.
     """
 
     def __init__(
@@ -51,10 +58,12 @@ class PreparedTensors:
         wanted: tuple[Prepared, ...],
         gather: Gather | None = None,
         rows: SharedRows | None = None,
+        join: Callable[..., Tensor] = concat_rows,
     ) -> None:
         self._wanted = wanted
         self._gather = gather
         self._rows = rows
+        self._join = join
         self.tensors: list[Tensor] = []
         self._kept: list[Tensor | None] = [None] * len(wanted)
         self._next: list[Tensor | None] = []
@@ -94,7 +103,7 @@ class PreparedTensors:
         if not self._owned(index, value):
             self._kept[index] = None  # what was ours is not held beside what is lent
         elif value.is_mkldnn:
-            value = self._kept[index] = self._refilled(index, value)
+            value = self._kept[index] = _in_huge_pages(value)
         else:
             kept = self._kept[index]
             fits = (
@@ -111,13 +120,16 @@ class PreparedTensors:
             self._kept[index] = value
         self._next[index] = value
 
-    def _refilled(self, index: int, value: Tensor) -> Tensor:
-        """A packed weight in the memory that the last version left; huge pages the first time."""
-        kept = self._kept[index]
-        if kept is not None and refill(kept, value):
-            return kept
-        memory = block(packed_bytes(value))
-        return value if memory is None else place(value, memory)
+    def store_packed(self, index: int, *weights: Tensor) -> None:
+        """Take tensor ``index`` of the new version: weights [n_i, E], to be stacked and packed."""
+        weights = tuple(weight.detach() for weight in weights)
+        kept, first = self._kept[index], weights[0]
+        if kept is not None and refill(kept, *weights):
+            self._next[index] = kept
+            return
+        # Where weights lie as a stack is of use only where that is what is read.
+        join = concat_rows if packs(first.device, first.dtype) else self._join
+        self.store(index, pack(first if len(weights) == 1 else join(*weights)))
 
     def _owned(self, index: int, value: Tensor) -> bool:
         wanted = self._wanted[index]
@@ -142,6 +154,12 @@ class PreparedTensors:
         self.tensors.clear()
         self._next = []
         self._kept = [None] * len(self._wanted)
+
+
+def _in_huge_pages(packed: Tensor) -> Tensor:
+    """A packed weight that is kept and refilled: a copy in such pages, where there are some."""
+    memory = block(packed_bytes(packed))
+    return packed if memory is None else place(packed, memory)
 
 
 class Measured:

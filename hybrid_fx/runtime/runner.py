@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +13,16 @@ from torch import Tensor
 
 from ..errors import EngineClosedError, InputError
 from ..passes.collectives import Group
-from ..passes.folding import piece_bytes, unmeasured_dora, unmeasured_lora
-from ..passes.layers import layer_of
+from ..passes.folding import unmeasured_dora, unmeasured_lora
 from ..passes.operators import OPERATORS
-from ..passes.packing import most_bytes, packs
 from ..plan.plan import Plan, load_functions
 from .attend_at import attend_at
 from .lowering import Lowering, is_weight
+from .peak import measure_peak_bytes, prepare_peak_bytes
 from .prepared import Gather, Measured, PreparedTensors
 from .recorded import RecordedDecode
 from .recording import Recorder
+from .scratch import Scratch
 from .session import Graph, PlanSession, Timer
 from .shared_rows import SharedRows, writes_in_place
 from .streamed import Stream, by_layer
@@ -80,11 +81,14 @@ class PlanRunner:
         self._presize = max_out_tokens or 0
         self._timer = timer
         self._gather = gather
+        self._scratch = Scratch()
         table: dict[str, Callable[..., Any]] = dict(OPERATORS)
         if gather is not None:
             table["gather"] = gather
         if not measures:
             table |= {"measured_lora": unmeasured_lora, "measured_dora": unmeasured_dora}
+        for name in ("measured_lora", "measured_dora"):
+            table[name] = partial(table[name], empty=self._scratch.empty)
         if rows is not None and not writes_in_place(plan.sources["prepare"]):
             table["concat_rows"] = rows.concat_rows
         self._stream = stream if plan.manifest.streamed else None
@@ -108,7 +112,7 @@ class PlanRunner:
             fixed = table | {"attend_one": attend_at}
             step = load_functions(plan.sources["decode"], fixed, name="recorded decode")["decode"]
             self.recorded = RecordedDecode(step, plan.manifest, recorder, self.workspace, device)
-        self.prepared = PreparedTensors(plan.manifest.prepared, gather, rows)
+        self.prepared = PreparedTensors(plan.manifest.prepared, gather, rows, table["concat_rows"])
         self._measured = Measured()
         self._open: PlanSession | None = None
         #: Whether a row may be computed beside other rows than those of its call: a probe tells.
@@ -118,51 +122,28 @@ class PlanRunner:
 
     @property
     def prepare_peak_bytes(self) -> int:
-        """An upper bound of what a prepare holds at once: all it keeps, and one layer twice.
-
-        While a layer is prepared, folded weights stand beside what is stacked of them, and a fold
-        holds a piece of its weight in float32. From the second time on, all it keeps stands beside
-        the layer that is made anew.
-        """
-        kept: dict[str, int] = {}
-        folded = 0
-        for tensor in self.plan.manifest.prepared:
-            dtype = getattr(torch, tensor.dtype)
-            packed = tensor.packed and packs(self.device, dtype)
-            if tensor.owns_memory or packed or self._gather is not None:
-                count = math.prod(tensor.shape)
-                layer = layer_of(tensor.name) or tensor.name
-                size = most_bytes(tensor.shape, dtype) if packed else count * dtype.itemsize
-                kept[layer] = kept.get(layer, 0) + size
-                if "fold_" in tensor.recipe:
-                    folded = max(folded, piece_bytes(tensor.shape, dtype, self.device))
-        return sum(kept.values()) + max(kept.values(), default=0) + folded
+        """See :func:`.peak.prepare_peak_bytes`."""
+        gathers = self._gather is not None
+        return prepare_peak_bytes(self.plan.manifest, self.device, gathers=gathers)
 
     @property
     def measure_peak_bytes(self) -> int:
-        """An upper bound of what :meth:`measure` holds: a weight, gathered, folded, in pieces."""
-        sites = [f".{site}." for site in self.plan.manifest.lora]
-        most = 0
-        for weight in self.plan.manifest.weights:
-            if any(site in weight.name for site in sites):
-                dtype = getattr(torch, weight.dtype)
-                copies = (1 if self._gather is None else 2) * math.prod(weight.shape)
-                pieces = piece_bytes(weight.shape, dtype, self.device)
-                most = max(most, copies * dtype.itemsize + pieces)
-        return most
+        """See :func:`.peak.measure_peak_bytes`, of :meth:`measure`."""
+        gathers = self._gather is not None
+        return measure_peak_bytes(self.plan.manifest, self.device, gathers=gathers)
 
     @contextmanager
     def _weights(self, tensors: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
         """The arguments of the prepare graph, while it runs."""
         weights = [tensors[weight.name] for weight in self.plan.manifest.weights]
-        if self._gather is None:
-            yield weights
-            return
-        self._gather.begin(weights, self._timer)
+        if self._gather is not None:
+            self._gather.begin(weights, self._timer)
         try:
             yield weights
         finally:
-            self._gather.end()
+            self._scratch.release()
+            if self._gather is not None:
+                self._gather.end()
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Make the prepared tensors of the current weights, given by qualified name."""

@@ -138,7 +138,7 @@ class SharedRows:
         self._keep([])
         for tensor in tensors.values():
             stack, index = pieces.get(_storage(tensor), (None, 0))
-            if stack is not None and stack.has(tensor, index) and _is_alone(tensor):
+            if stack is not None and stack.has(tensor, index) and is_alone(tensor):
                 own = torch.empty_like(tensor.data)
                 fits = not (own.data_ptr() - tensor.data_ptr()) % _boundary(tensor)
                 self._move((tensor,), [own] if fits else _pieces((tensor,))[1])
@@ -165,7 +165,7 @@ class SharedRows:
                 return f"{name} shares its memory with {others[0]}"
             if _storage(weight) in self._ours:
                 return f"{name} lies in another stack"
-            if not _is_alone(weight):
+            if not is_alone(weight):
                 return f"something else holds the memory of {name}, a view or a live graph"
             if (weight.dtype, weight.device) != (first.dtype, first.device):
                 return f"{name} is {weight.dtype} on {weight.device}, and not as {names[0]} is"
@@ -237,7 +237,7 @@ def _odd(weight: Tensor) -> str:
     return ""
 
 
-def _is_alone(weight: Tensor) -> bool:
+def is_alone(weight: Tensor) -> bool:
     """Whether no other tensor holds the memory of ``weight``."""
     fresh = torch.empty(0)
     counts = [torch._C._storage_Use_Count(_storage(t)) for t in (fresh, weight)]

@@ -97,15 +97,16 @@ def hf_tokens(held: Mapping[str, Tensor], lora: bool | str, given: Mapping[str, 
 def no_room(engine: Any) -> Iterator[None]:
     """Memory runs out in the middle of a prepare."""
     prepared = engine._graphs.runner.prepared
-    store = prepared.store
+    store, store_packed = prepared.store, prepared.store_packed
 
-    def full(index: int, value: Tensor) -> None:
+    def full(index: int, *values: Tensor) -> None:
         if index == 7:
             raise MemoryError("no room")
-        store(index, value)
+        (store if len(values) == 1 and not wanted[index].packed else store_packed)(index, *values)
 
-    prepared.store = full
+    wanted = engine._graphs.runner.plan.manifest.prepared
+    prepared.store = prepared.store_packed = full
     try:
         yield
     finally:
-        del prepared.store
+        del prepared.store, prepared.store_packed

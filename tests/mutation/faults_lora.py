@@ -171,8 +171,8 @@ GROUPS = (
             ),
             Fault(
                 "the last piece alone is measured",
-                "lost.append(torch.linalg.vector_norm(total))",
-                "lost[:] = [torch.linalg.vector_norm(total)]",
+                "lost.append(torch.linalg.vector_norm(total, dim=1))",
+                "lost[:] = [torch.linalg.vector_norm(total, dim=1)]",
             ),
             Fault(
                 "a float64 weight is folded in float32",
@@ -186,14 +186,19 @@ GROUPS = (
             ),
             Fault(
                 "the stated memory of a fold leaves copies out",
-                "return _COPIES * held",
-                "return held",
+                "return _COPIES * _held",
+                "return _held",
+            ),
+            Fault(
+                "a fold takes memory of its own where it is given some",
+                "folded = empty(weight.shape, weight.dtype, weight.device)",
+                "folded = torch.empty_like(weight)",
             ),
         ),
     ),
     Group(
         "fold_lora",
-        "hybrid_fx/plan/build.py",
+        "hybrid_fx/plan/prepare.py",
         _LAW,
         (
             Fault(
@@ -206,11 +211,37 @@ GROUPS = (
                 '{"prepared": results, "errors": errors}',
                 '{"prepared": results, "errors": []}',
             ),
+        ),
+    ),
+    Group(
+        "fold_lora",
+        "hybrid_fx/plan/build.py",
+        _LAW,
+        (
             Fault(
                 "places that stay branches are not told to the pass",
                 "context = Context(layers=layers, side=side,",
                 "context = Context(layers=layers,",
             ),
+        ),
+    ),
+    Group(
+        "scratch",
+        "hybrid_fx/runtime/scratch.py",
+        ("tests/runtime/test_scratch.py",),
+        (
+            Fault("memory that is held is given again", "if is_alone(block)", "if True"),
+            Fault("no memory is given again", "blocks.append(block)", "pass"),
+            Fault("memory is not forgotten", "self._blocks = {}\n", "pass\n"),
+        ),
+    ),
+    Group(
+        "scratch",
+        "hybrid_fx/runtime/runner.py",
+        ("tests/runtime/test_scratch.py",),
+        (
+            Fault("what a prepare used stays", "self._scratch.release()", "pass"),
+            Fault("each fold takes fresh memory", "empty=self._scratch.empty", ""),
         ),
     ),
     Group(

@@ -32,9 +32,36 @@ GROUPS = (
             Fault("the bias is dropped", '(x, weight, bias, "none"', '(x, weight, None, "none"'),
             Fault(
                 "any packed weight takes the memory of any other",
-                "kept.is_mkldnn and torch.equal(layout(kept), layout(new))",
-                "kept.is_mkldnn",
+                "fits and any(",
+                "any(",
             ),
+            Fault(
+                "a weight behind another begins where a block does",
+                "sum(one.shape[0] for one in group) % _BLOCK == 0",
+                "True",
+            ),
+            Fault(
+                "the first weight of a stack is packed alone",
+                "yield from stack",
+                "yield from group[0]",
+            ),
+            Fault(
+                "a packed weight is cut into rows",
+                "fits = fits and all(weight",
+                "assert all(weight",
+            ),
+            Fault("all pieces lie at the beginning", "        at += length\n", ""),
+            Fault(
+                "rows that lie otherwise alone are put where they do not belong",
+                "return len(other) <= 2 and set(other) <= {rows, filled}",
+                "return True",
+            ),
+            Fault(
+                "a layout in which distances depend on the rows is filled in pieces",
+                "len(other) <= 2 and ",
+                "",
+            ),
+            Fault("more is packed at once than is stated", "(_at_once(first), rows)", "(rows,)"),
             Fault("double precision is packed in single", " or dtype not in _DTYPES", ""),
         ),
     ),
@@ -45,11 +72,16 @@ GROUPS = (
         (
             Fault(
                 "packed memory is returned and taken anew",
-                "self._kept[index] = self._refilled(index, value)",
-                "self._kept[index] = value",
+                "if kept is not None and refill(kept, *weights):",
+                "if False:",
             ),
             Fault("an opaque weight is refilled", "if wanted.packed and value.", "if value."),
             Fault("a packed weight is lent", "if wanted.packed and value.", "if False and value."),
+            Fault(
+                "what a device does not pack is always copied",
+                "if packs(first.device, first.dtype) else self._join",
+                "",
+            ),
         ),
     ),
     Group(
@@ -81,5 +113,18 @@ GROUPS = (
         "hybrid_fx/plan/build.py",
         _PACKING,
         (Fault("nothing is called packed", 'packed=name_of(node) == "pack"', "packed=False"),),
+    ),
+    Group(
+        "packed results",
+        "hybrid_fx/plan/prepare.py",
+        ("tests/plan/test_prepare_source.py",),
+        (
+            Fault("a stack is joined before it is packed", "weight.args if stacked else", ""),
+            Fault(
+                "a stack that others read is not made",
+                " and len(weight.users) == 1",
+                "",
+            ),
+        ),
     ),
 )

@@ -170,7 +170,7 @@ GROUPS = (
             ),
             Fault(
                 "memory that something else holds is left behind",
-                "            if not _is_alone(weight):\n",
+                "            if not is_alone(weight):\n",
                 "            if False:\n",
             ),
             Fault(
@@ -247,15 +247,22 @@ GROUPS = (
     ),
     Group(
         "plan",
-        "hybrid_fx/plan/build.py",
+        "hybrid_fx/plan/prepare.py",
         ("tests/golden/test_golden.py",),
         (
             Fault(
                 "prepared tensors are stored under the wrong number",
-                "(targets[name], index, copies[node])",
-                "(targets[name], len(nodes) - 1 - index, copies[node])",
+                "(targets[name], index, *",
+                "(targets[name], len(results) - 1 - index, *",
                 _SESSIONS,
             ),
+        ),
+    ),
+    Group(
+        "plan",
+        "hybrid_fx/plan/build.py",
+        ("tests/golden/test_golden.py",),
+        (
             Fault(
                 "the prefill's passes make the decode",
                 '("decode", DECODE)',

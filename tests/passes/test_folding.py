@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -151,15 +152,33 @@ def test_a_fold_holds_its_result_and_the_pieces_that_it_states(
 ) -> None:
     monkeypatch.setattr(folding, "_ON_CPU", 64)
     made: list[int] = []
-    new_empty = Tensor.new_empty
 
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        made.append((memory := new_empty(tensor, *args, **kwargs)).nbytes)
+    def counted(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        made.append((memory := folding.fresh(shape, dtype, device)).nbytes)
         return memory
 
-    monkeypatch.setattr(Tensor, "new_empty", counted)
     for weight in (weight_of(torch.bfloat16), weight_of(torch.bfloat16, turned=True)):
         made.clear()
-        folding.measured_lora(weight, *adapter())
+        folding.measured_lora(weight, *adapter(), empty=counted)
         stated = folding.piece_bytes(weight.shape, weight.dtype, weight.device)
-        assert 0.5 * stated < sum(made) <= stated < 12 * weight.numel()
+        assert made == [weight.nbytes, stated]
+        assert stated < 12 * weight.numel()
+
+
+@LAYOUTS
+@DTYPES
+def test_a_fold_in_memory_that_was_used_before_is_the_fold(
+    dtype: torch.dtype, turned: bool, pieces: int
+) -> None:
+    def used(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return folding.fresh(shape, dtype, device).fill_(torch.nan)
+
+    weight, deltas, rows = weight_of(dtype, turned=turned), adapter(), torch.rand(1, 13)
+    wanted = folding.measured_lora(weight, *deltas), folding.measured_dora(weight, rows, *deltas)
+    for whole, again in (
+        (wanted[0], folding.measured_lora(weight, *deltas, empty=used)),
+        (wanted[0][:1], folding.unmeasured_lora(weight, *deltas, empty=used)),
+        (wanted[1], folding.measured_dora(weight, rows, *deltas, empty=used)),
+        (wanted[1][:1], folding.unmeasured_dora(weight, rows, *deltas, empty=used)),
+    ):
+        assert all(torch.equal(*pair) for pair in zip(whole, again, strict=False))

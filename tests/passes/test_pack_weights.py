@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from tiny_models import VOCAB, tiny
@@ -9,6 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hybrid_fx.capture import capture
+from hybrid_fx.passes import packing
 from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.driver import run_passes
 from hybrid_fx.passes.graph import call, calls, name_of
@@ -147,15 +150,106 @@ def test_bfloat16_stays_as_it_is_where_the_processor_lacks_it(
     assert pack(weight.float()).is_mkldnn
 
 
+def memory_of(weight: torch.Tensor) -> bytes:
+    return ctypes.string_at(torch.ops.mkldnn.data_ptr(weight), packed_bytes(weight))
+
+
 @needs_onednn
 def test_packed_memory_is_refilled_where_it_fits() -> None:
-    kept, new = pack(torch.zeros(32, 16)), pack(torch.ones(32, 16))
+    kept, new = pack(torch.zeros(32, 16)), torch.ones(32, 16)
     address = torch.ops.mkldnn.data_ptr(kept)
     assert refill(kept, new)
     assert torch.ops.mkldnn.data_ptr(kept) == address
     x = torch.randn(2, 1, 16)
-    assert torch.equal(packed_linear(x, kept, None), packed_linear(x, new, None))
+    assert torch.equal(packed_linear(x, kept, None), packed_linear(x, pack(new), None))
     assert 32 * 16 * 4 <= packed_bytes(kept) <= most_bytes((32, 16), torch.float32)
-    for other in (torch.ones(16, 32), torch.ones(32, 16, dtype=torch.bfloat16)):
-        assert not refill(kept, pack(other))
+    for other in (torch.ones(16, 32), torch.ones(32, 16, dtype=torch.bfloat16), torch.ones(32)):
+        assert not refill(kept, other)
+    assert not refill(kept, new, new)
     assert not refill(torch.zeros(32, 16), new)
+    assert not refill(kept, pack(new)), "what is packed already has no rows"
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    "rows",
+    [(300,), (128, 64, 64), (70, 58, 9), (17,), (192, 130), (65,), (64, 1, 200)],
+    ids=str,
+)
+def test_memory_refilled_in_pieces_is_what_packing_the_whole_stack_gives(
+    rows: tuple[int, ...], turned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, 48, generator=rng).to(dtype) for n in rows]
+    wanted = pack(torch.cat(weights))
+    if turned:
+        weights = [weight.t().contiguous().t() for weight in weights]
+    for elements in (1, 64 * 48, 128 * 48, 2**21):
+        monkeypatch.setattr(packing, "_AT_ONCE", elements)
+        kept = pack(torch.zeros(sum(rows), 48, dtype=dtype))
+        address = torch.ops.mkldnn.data_ptr(kept)
+        assert refill(kept, *weights)
+        assert torch.ops.mkldnn.data_ptr(kept) == address
+        assert memory_of(kept) == memory_of(wanted)
+
+
+@needs_onednn
+def test_a_refill_packs_no_more_at_once_than_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(weight: torch.Tensor) -> torch.Tensor:
+        made.append(packed_bytes(new := pack(weight)))
+        return new
+
+    monkeypatch.setattr(packing, "pack", counted)
+    monkeypatch.setattr(packing, "_AT_ONCE", 128 * 48)
+    weights = torch.randn(1000, 48), torch.randn(24, 48)
+    kept = pack(torch.zeros(1024, 48))
+    assert refill(kept, *weights)
+    assert len(made) == 8
+    stated = packing.piece_bytes((1024, 48), torch.float32)
+    assert 2 * max(made) == stated < packed_bytes(kept)
+    assert packing.piece_bytes((17, 48), torch.float32) == 2 * most_bytes((17, 48), torch.float32)
+
+
+@needs_onednn
+def test_a_layout_in_which_rows_lie_otherwise_is_filled_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A plain weight of one row has no blocks, so that the end of this one lies otherwise alone."""
+    weight, pieces = torch.randn(129, 48), []
+
+    def counted(piece: torch.Tensor) -> torch.Tensor:
+        pieces.append(piece.shape[0])
+        return pack(piece)
+
+    monkeypatch.setattr(packing, "pack", counted)
+    monkeypatch.setattr(packing, "_AT_ONCE", 128 * 48)
+    kept = pack(torch.zeros(129, 48))
+    assert refill(kept, weight)
+    assert pieces == [128, 1, 129]
+    assert memory_of(kept) == memory_of(pack(weight))
+
+
+@needs_onednn
+def test_a_layout_whose_distances_depend_on_its_rows_is_filled_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of a transpose, whose description names the rows a third time, as a distance."""
+    weight, kept, pieces = torch.randn(256, 48), pack(torch.zeros(256, 48)), []
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_get_mkldnn_serialized_md",
+        lambda tensor: torch.tensor([2, *[tensor.shape[0]] * 3, 48], dtype=torch.int32),
+    )
+
+    def counted(piece: torch.Tensor) -> torch.Tensor:
+        pieces.append(piece.shape[0])
+        return pack(piece)
+
+    monkeypatch.setattr(packing, "pack", counted)
+    monkeypatch.setattr(packing, "_AT_ONCE", 128 * 48)
+    assert not packing._refilled(kept, [weight], 128)
+    assert pieces == [128]

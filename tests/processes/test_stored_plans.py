@@ -85,7 +85,7 @@ WRONG = {
     "scale of prefill": in_source("prefill", "0.3535533905932738", "0.3"),
     "two norms swapped": swap_weights("input_layernorm", "post_attention_layernorm"),
     "no such weight": swap_weights("input_layernorm", "no_such_norm"),
-    "shapes that do not fit": in_source("prepare", "concat_rows(gather_2, ", "concat_rows("),
+    "shapes that do not fit": in_source("prepare", "(prepared, 12, gather_6, ", "(prepared, 12, "),
     "functions missing": in_source("decode", "def decode(", "def other("),
     "memory missing": edited(lambda plan: plan["manifest"]["kv"].pop()),
 }

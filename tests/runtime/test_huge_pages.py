@@ -78,7 +78,7 @@ def test_a_placed_weight_is_the_same_weight(shape: tuple[int, int], dtype: torch
     assert address(placed) == inside.data_ptr()
     assert (placed.shape, placed.dtype, placed.is_mkldnn) == (shape, dtype, True)
     for weight in weights:
-        assert refill(placed, pack(weight))
+        assert refill(placed, weight)
         for rows in (1, 5):
             x = torch.randn(rows, 1, shape[1]).to(dtype)
             assert torch.equal(packed_linear(x, placed, None), packed_linear(x, pack(weight), None))
@@ -101,7 +101,7 @@ def test_prepared_weights_lie_in_huge_pages_from_version_to_version() -> None:
     held, places = PreparedTensors((WANTED,)), []
     for value in (1.0, 2.0):
         held.begin()
-        held.store(0, pack(torch.full(SHAPE, value)))
+        held.store_packed(0, torch.full(SHAPE, value))
         held.finish()
         (tensor,) = held.tensors
         assert tensor.to_dense().eq(value).all()

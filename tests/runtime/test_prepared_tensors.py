@@ -30,6 +30,13 @@ def filled(held, values):
     return held.tensors
 
 
+def packed_of(held, *weights):
+    held.begin()
+    held.store_packed(0, *weights)
+    held.finish()
+    return held.tensors
+
+
 def test_memory_is_refilled_from_version_to_version():
     held = PreparedTensors(wanted(2))
     first = [t.data_ptr() for t in filled(held, [torch.ones(2, 3), torch.zeros(2, 3)])]
@@ -78,19 +85,49 @@ def test_weights_are_taken_as_they_are_and_never_written():
 
 @opaque
 def test_packed_memory_is_refilled_and_that_of_an_opaque_weight_is_not() -> None:
-    weights = [pack(torch.full((2, 3), float(i))) for i in range(2)]
+    weights = [torch.full((2, 3), float(i)) for i in range(2)]
     lent = PreparedTensors(wanted(1, owns=False))
-    for weight in weights:
+    opaque_ones = [pack(weight) for weight in weights]
+    for weight in opaque_ones:
         (tensor,) = filled(lent, [weight])
         assert address(tensor) == address(weight)
-    assert [weight.to_dense().mean().item() for weight in weights] == [0, 1]
+    assert [weight.to_dense().mean().item() for weight in opaque_ones] == [0, 1]
     assert lent.nbytes == 0
     assert lent.copies == []
     own = PreparedTensors(wanted(1, owns=False, packed=True))
-    (first,), (second,) = ([*filled(own, [weight])] for weight in weights)
+    (first,), (second,) = ([*packed_of(own, weight)] for weight in weights)
     assert address(first) == address(second)
     assert first.to_dense().eq(1).all()
     assert [packed for _, _, packed in own.copies] == [True]
+
+
+@opaque
+def test_a_stack_is_packed_of_its_weights_in_the_memory_of_the_last_version() -> None:
+    held, addresses = PreparedTensors(wanted(1, packed=True)), set()
+    for seed in range(3):
+        rng = torch.Generator().manual_seed(seed)
+        weights = [torch.rand(rows, 3, generator=rng, requires_grad=True) for rows in (2, 5, 1)]
+        (tensor,) = packed_of(held, *weights)
+        addresses.add(address(tensor))
+        assert not tensor.requires_grad
+        assert torch.equal(tensor.to_dense(), torch.cat(weights))
+    assert len(addresses) == 1
+    (other,) = packed_of(held, *weights[:2])
+    assert torch.equal(other.to_dense(), torch.cat(weights[:2]))
+
+
+def test_a_stack_of_a_device_without_a_layout_is_joined_as_its_graph_says() -> None:
+    whole, weights = torch.rand(4, 3).double(), [torch.rand(2, 3).double() for _ in range(2)]
+    joined = []
+
+    def join(*given: torch.Tensor) -> torch.Tensor:
+        joined.append(len(given))
+        return whole
+
+    held = PreparedTensors(wanted(1, packed=True), join=join)
+    (tensor,) = packed_of(held, *weights)
+    assert torch.equal(tensor, whole)
+    assert joined == [2]
 
 
 def test_a_packed_weight_of_a_device_without_a_layout_is_the_weight() -> None:
