@@ -33,6 +33,7 @@ _TWINS: dict[Any, tuple[str, str]] = {
     "relu_": ("relu", "relu_"),
     "tanh_": ("tanh", "tanh_"),
     "sigmoid_": ("sigmoid", "sigmoid_"),
+    "index_put_": ("index_put", "index_put_"),
 }
 
 #: The plain twin where the in-place one has keywords: ``x.add_(y, alpha=2)``.

@@ -94,6 +94,26 @@ def plain_mlp(
     return packed_linear(activate(packed_linear(x, up, up_bias), kind), down, down_bias)
 
 
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x times the matrix of their group, as the experts of a mixture want it.
+
+    Args:
+        x: [S, E], rows of one group one behind the other.
+        weight: [G, E, F].
+        ends: int32 [G], where each group ends; what is behind the last of them is undefined.
+
+    Returns:
+        [S, F].
+    """
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0):
+        return F.grouped_mm(x, weight, offs=ends)
+    out, begin = x.new_zeros(x.shape[0], weight.shape[2]), 0
+    for matrix, end in zip(weight, ends.tolist(), strict=True):
+        out[begin:end] = x[begin:end] @ matrix
+        begin = end
+    return out
+
+
 def gather(weight: Tensor) -> Tensor:
     """Make a sharded parameter whole. On one process it is whole already."""
     return weight

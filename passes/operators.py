@@ -38,12 +38,12 @@ _TORCH = (
 )
 _METHODS = (
     "contiguous expand expand_as new_empty new_full new_ones new_tensor new_zeros repeat size to "
-    "type_as view view_as unfold narrow select index_add index_copy detach item numel dim"
+    "type_as view view_as unfold narrow select index_add index_copy index_put detach item numel dim"
 )
 # What writes into its first argument. Legal only where nothing else sees that memory.
 _IN_PLACE = (
     "add_ sub_ mul_ div_ copy_ fill_ zero_ masked_fill_ clamp_ neg_ pow_ sqrt_ rsqrt_ exp_ "
-    "sigmoid_ tanh_ relu_ index_copy_ index_add_ scatter_"
+    "sigmoid_ tanh_ relu_ index_copy_ index_add_ index_put_ scatter_"
 )
 
 
@@ -74,8 +74,8 @@ def _build() -> dict[str, Callable[..., Any]]:
         (folding, "fold_lora fold_dora measured_lora measured_dora"),
         (
             kernels,
-            "rms_norm add_rms_norm add_layer_norm gated_mlp split_gated_mlp plain_mlp gather "
-            "issue_gather wait_gather concat_rows given last_tokens select_tokens "
+            "rms_norm add_rms_norm add_layer_norm gated_mlp split_gated_mlp plain_mlp grouped_mm "
+            "gather issue_gather wait_gather concat_rows given last_tokens select_tokens "
             "track_gradient store store_packed",
         ),
     ):

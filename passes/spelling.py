@@ -37,8 +37,13 @@ _SAME: dict[Any, str] = {
     torch.select: "select",
     torch.narrow: "narrow",
     operator.__and__: "and_",
+    F.grouped_mm: "grouped_mm",
+    torch._grouped_mm: "grouped_mm",  # what Dynamo makes of it
     torch.ops.hybrid_fx.attention: "attention",
 }
+
+#: Operators that others registered, by name: what transformers takes for torch's where it traces.
+_REGISTERED = {"transformers.grouped_mm_fallback": "grouped_mm"}
 
 _METHOD_NAMES = {
     "__add__": "add",
@@ -87,6 +92,7 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
     "transpose": ("input", "dim0", "dim1"),
     "unsqueeze": ("input", "dim"),
     "addmm": ("input", "mat1", "mat2"),
+    "grouped_mm": ("input", "weight", "offs"),
 }
 
 _SOFTMAX = ("softmax", "log_softmax")
@@ -144,12 +150,25 @@ def _spell_softmax(node: fx.Node, name: str, *, stacklevel: bool) -> None:
     _retarget(node, name)
 
 
+def _spell_setitem(node: fx.Node) -> None:
+    """``x[index] = values``, of a tensor each."""
+    into, index, values = node.args
+    found = [value_of(arg) for arg in node.args]
+    if all(isinstance(v, torch.Tensor) for v in found) and found[0].dtype == found[2].dtype:
+        node.args = (into, (index,), values)
+        node.meta["val"] = found[0]
+        _retarget(node, "index_put_")
+
+
 def spell(node: fx.Node) -> None:
     """Give one call the canonical target."""
     if node.op == "call_method":
         _spell_method(node)
         return
     if node.op != "call_function":
+        return
+    if node.target is operator.setitem:
+        _spell_setitem(node)
         return
     if node.target is getattr and node.args[1:] == ("T",):
         shape = shape_of(node.args[0])
@@ -163,6 +182,9 @@ def spell(node: fx.Node) -> None:
     if node.target in _SAME:
         if same := _table_name(_SAME[node.target], node):
             _retarget(node, same)
+        return
+    if known := _REGISTERED.get(str(node.target).removesuffix(".default")):
+        _retarget(node, known)
         return
     if node.target in NAMES:
         return
@@ -186,6 +208,8 @@ def arrange(node: fx.Node) -> None:
         _arrange_inplace(node, INPLACE_AT[name])
     if name == "gelu" and node.kwargs.get("approximate") == "none":
         node.kwargs = {}
+    if name == "grouped_mm":
+        node.kwargs = {key: value for key, value in node.kwargs.items() if value is not None}
     names = _SIGNATURES.get(name or "")
     if names is None or not node.kwargs:
         return

@@ -14,9 +14,23 @@ from torch import fx
 from hybrid_fx.passes.canonicalize import canonicalize
 from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.graph import calls
+from hybrid_fx.passes.operators import OPERATORS
 from hybrid_fx.passes.spec import IllegalGraphError, check_graph
 
 Make = Callable[[Builder, fx.Node, fx.Node], fx.Node]
+
+
+def _turned(b: Builder, x: fx.Node, y: fx.Node) -> fx.Node:
+    """The rows of y at the places that a column of x sorts them to."""
+    column = b.raw(operator.getitem, x, (slice(None), 0, 0))
+    places = b.raw(operator.getitem, b.raw(torch.sort, column), 1)
+    out = b.raw("neg", x)
+    b.raw(operator.setitem, out, places, y)
+    return b.raw("neg", out)
+
+
+#: Four rows, and the matrices of two groups: sizes that the kernel takes in half precision.
+_GROUPS = {"rows": (4, 8), "matrices": (2, 8, 16)}
 
 #: What is written, how (x and y are [2, 3, 4] float32), and the operators that are left of it.
 SPELLINGS: dict[str, tuple[Make, str]] = {
@@ -64,6 +78,7 @@ SPELLINGS: dict[str, tuple[Make, str]] = {
     "x.view": (lambda b, x, y: b.raw("view", x, 2, -1), "view"),
     "x.view(tuple)": (lambda b, x, y: b.raw("view", x, (2, -1)), "view"),
     "x.reshape(size)": (lambda b, x, y: b.raw("reshape", x, -1), "reshape"),
+    "x[index] = y": (_turned, "getitem sort getitem neg index_put neg"),
     "x.view(dtype)": (lambda b, x, y: b.raw("view", x, torch.int32), "view"),
     "x.permute": (lambda b, x, y: b.raw("permute", x, 2, 0, 1), "permute"),
     "x.T": (lambda b, x, y: b.raw(getattr, b.raw("flatten", x, 1), "T"), "flatten t"),
@@ -203,6 +218,21 @@ def _conv1d(build: Builder, *, rows: int = -1) -> fx.Node:
     return build.raw(torch.addmm, bias, flat, weight)
 
 
+def test_products_of_groups_are_one_operator_with_places_for_its_arguments() -> None:
+    build = Builder()
+    rows, matrices = (build.raw("bfloat16", build.input(n, *s)) for n, s in _GROUPS.items())
+    ends = build.raw(torch.arange, 1, 5, 3, dtype=torch.int32)
+    graph = build.output(build.raw(F.grouped_mm, rows, matrices, offs=ends, bias=None))
+    given = values(graph)
+    before = run(graph, given)[0]
+    canonicalize(graph, Context())
+    (node,) = calls(graph, "grouped_mm")
+    assert node.args[2].target is OPERATORS["arange"]
+    assert not node.kwargs
+    assert same(run(graph, given)[0], before)
+    check_graph(graph, stage="canonicalize")
+
+
 def test_conv1d_becomes_a_linear_on_the_turned_weight() -> None:
     build = Builder()
     graph = build.output(build.raw("view", _conv1d(build), (2, 3, 5)))
@@ -271,7 +301,7 @@ def test_scopes_that_change_nothing_go_and_others_are_refused() -> None:
             assert _names(graph) == "neg"
 
 
-@pytest.mark.parametrize("name", ["linalg_svdvals", "__setitem__", "index_put_"])
+@pytest.mark.parametrize("name", ["linalg_svdvals", "__setitem__", "index_fill_"])
 def test_what_the_table_lacks_is_left_for_the_specification(name: str) -> None:
     build = Builder()
     x = build.input("x", 4)
@@ -281,7 +311,7 @@ def test_what_the_table_lacks_is_left_for_the_specification(name: str) -> None:
         node = build.graph.call_function(operator.setitem, (x, 0, 1.0))
         node.meta |= {"path": "", "val": None}
     else:
-        build.raw("index_put_", x, (), x)
+        build.raw("index_fill_", x, 0, build.raw(torch.arange, 2), 1.0)
     graph = build.output(x)
     canonicalize(graph, Context())
     with pytest.raises(IllegalGraphError):
