@@ -89,7 +89,8 @@ def refill(kept: Tensor, *weights: Tensor) -> bool:
     first, rows = weights[0], sum(weight.shape[0] for weight in weights)
     fits = kept.is_mkldnn and kept.dtype == first.dtype and kept.shape == (rows, *first.shape[1:])
     fits = fits and all(weight.layout is torch.strided for weight in weights)
-    # A layout whose blocks of rows do not lie one behind the other is filled in one piece.
+    # A layout whose blocks of rows do not lie one behind the other is filled in one piece, if that
+    # takes no copy of the stack.
     return fits and any(_refilled(kept, weights, size) for size in (_at_once(first), rows))
 
 
@@ -104,7 +105,7 @@ def _refilled(kept: Tensor, weights: Sequence[Tensor], size: int) -> bool:
     end = at + packed_bytes(kept)
     for piece in _pieces(weights, size):
         new = pack(piece)
-        if piece.shape[0] != rows and not _lies_in(new, kept):
+        if not new.is_mkldnn or (piece.shape[0] != rows and not _lies_in(new, kept)):
             return False
         rows, length = piece.shape[0], packed_bytes(new)
         if at + length > end:
@@ -131,8 +132,6 @@ def _lies_in(piece: Tensor, whole: Tensor) -> bool:
     It does where oneDNN's descriptions of both differ in the number of rows alone, which they name
     twice: as it is and filled up to whole blocks. No distance depends on it then.
     """
-    if not piece.is_mkldnn:
-        return False
     described = torch.ops.mkldnn._get_mkldnn_serialized_md  # shape and dtype are part of it
     words = (described(tensor).view(torch.int32).tolist() for tensor in (piece, whole))
     other = [pair for pair in zip(*words, strict=True) if pair[0] != pair[1]]

@@ -151,12 +151,16 @@ def _spell_softmax(node: fx.Node, name: str, *, stacklevel: bool) -> None:
 
 
 def _spell_setitem(node: fx.Node) -> None:
-    """``x[index] = values``, of a tensor each."""
+    """``x[index] = values``, of a tensor each; values have an axis for each that they go into."""
     into, index, values = node.args
     found = [value_of(arg) for arg in node.args]
-    if all(isinstance(v, torch.Tensor) for v in found) and found[0].dtype == found[2].dtype:
+    if not all(isinstance(value, torch.Tensor) for value in found):
+        return
+    target, places, given = found
+    fits = given.dim() <= places.dim() + target.dim() - 1 and places.dim() > 0
+    if fits and places.dtype != torch.bool and target.dtype == given.dtype:
         node.args = (into, (index,), values)
-        node.meta["val"] = found[0]
+        node.meta["val"] = target
         _retarget(node, "index_put_")
 
 

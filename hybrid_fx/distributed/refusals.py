@@ -148,12 +148,14 @@ def check_options(options: HybridConfig, setup: Setup) -> None:
     if options.graph != "eager" and setup.block.inference_tp_size > 1:
         raise ConfigError(
             f"graph={options.graph!r} does not lower graphs with collectives in them; set "
-            'graph="eager", or hybrid_engine.inference_tp_size to 1'
+            'graph="eager" (hybrid_engine.enable_cuda_graph to false), or '
+            "hybrid_engine.inference_tp_size to 1"
         )
     if options.graph != "eager" and setup.stage == 3 and not setup.block.pin_parameters:
         raise ConfigError(
             f"graph={options.graph!r} does not lower layers that gather their own weights; set "
-            'graph="eager", or hybrid_engine.pin_parameters to true'
+            'graph="eager" (hybrid_engine.enable_cuda_graph to false), or '
+            "hybrid_engine.pin_parameters to true"
         )
 
 

@@ -122,12 +122,14 @@ class PreparedTensors:
 
     def store_packed(self, index: int, *weights: Tensor) -> None:
         """Take tensor ``index`` of the new version: weights [n_i, E], to be stacked and packed."""
-        weights = tuple(weight.detach() for weight in weights)
         kept, first = self._kept[index], weights[0]
-        if kept is not None and refill(kept, *weights):
+        if kept is not None and refill(kept, *(weight.detach() for weight in weights)):
             self._next[index] = kept
             return
-        # Where weights lie as a stack is of use only where that is what is read.
+        if kept is not None and kept.is_mkldnn:
+            self._kept[index] = kept = None  # not held beside what takes its place
+        # Where weights lie as a stack is of use only where that is what is read. It is known by the
+        # parameters themselves.
         join = concat_rows if packs(first.device, first.dtype) else self._join
         self.store(index, pack(first if len(weights) == 1 else join(*weights)))
 

@@ -217,5 +217,6 @@ def check_records(graph: str, device: torch.device) -> None:
     if graph == "cudagraphs" and device.type not in RECORDERS:
         raise ConfigError(
             f'graph="cudagraphs" records on {", ".join(RECORDERS)}, and the model is on {device}; '
-            'move it there first, or set graph="eager"'
+            'move it there first, or set graph="eager" (in a DeepSpeed config, '
+            "hybrid_engine.enable_cuda_graph to false)"
         )

@@ -346,3 +346,27 @@ def test_a_closed_engine_leaves_parameters_with_memory_of_their_own() -> None:
         assert parameter.untyped_storage().resizable()
     with shared(model) as again:
         assert again.explain().copies == ()
+
+
+def test_weights_of_a_dtype_that_is_not_packed_are_laid_out_with_every_pass_in_place() -> None:
+    model = tiny("llama").double()
+    with hybrid_fx.hybridize(model, share_storage=True) as engine:
+        same_tokens(engine)
+        first = engine.explain()
+        assert first.shared_bytes > 0
+        assert not [copy for copy in first.copies if "pack" in copy.name]
+        reweigh(model, 5)
+        same_tokens(engine)
+        assert engine.explain().shared_bytes == first.shared_bytes
+
+
+def test_stacks_of_a_dtype_that_is_not_packed_keep_their_memory_from_switch_to_switch() -> None:
+    model = tiny("llama").double()
+    with hybrid_fx.hybridize(model) as engine:
+        places = []
+        for seed in range(2):
+            reweigh(model, seed)
+            same_tokens(engine)
+            places.append([t.data_ptr() for t in engine._graphs.runner.prepared.tensors])
+        assert engine.explain().prepared_bytes > 0
+        assert places[0] == places[1]

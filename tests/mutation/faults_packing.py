@@ -72,8 +72,14 @@ GROUPS = (
         (
             Fault(
                 "packed memory is returned and taken anew",
-                "if kept is not None and refill(kept, *weights):",
+                "if kept is not None and refill(kept, *(weight.detach() for weight in weights)):",
                 "if False:",
+            ),
+            Fault(
+                "weights are joined as tensors that nobody knows",
+                "concat_rows if packs(first.device, first.dtype) else self._join",
+                "concat_rows",
+                ("tests/engine/test_share_storage.py",),
             ),
             Fault("an opaque weight is refilled", "if wanted.packed and value.", "if value."),
             Fault("a packed weight is lent", "if wanted.packed and value.", "if False and value."),

@@ -253,3 +253,16 @@ def test_a_layout_whose_distances_depend_on_its_rows_is_filled_in_one_piece(
     monkeypatch.setattr(packing, "_AT_ONCE", 128 * 48)
     assert not packing._refilled(kept, [weight], 128)
     assert pieces == [128]
+
+
+@needs_onednn
+def test_a_refill_with_a_weight_that_is_not_packed_says_no() -> None:
+    kept = pack(torch.ones(64, 48))
+    assert not refill(kept, torch.ones(0, 48), torch.ones(64, 48))
+    assert not refill(
+        kept, torch.ones(32, 48), torch.nn.Buffer(torch.ones(32, 48)).as_subclass(Odd)
+    )
+
+
+class Odd(torch.Tensor):
+    """A tensor that packing leaves alone."""
