@@ -23,18 +23,28 @@ _OTHERS = ("aoti_torch_device_type_cpu", "aoti_torch_layout__mkldnn")
 
 
 def place(packed: Tensor, memory: Tensor) -> Tensor:
-    """A copy of a packed weight that lies in ``memory`` and keeps it alive.
-
-    Args:
-        packed: From :func:`hybrid_fx.passes.packing.pack`.
-        memory: uint8, at least the packed bytes, at a multiple of 64 bytes.
+    """A copy of a packed weight that lies in ``memory`` and keeps it alive, see :func:`lay_out`.
 
     Returns:
         ``packed`` itself where torch offers no such thing.
     """
+    placed = lay_out(packed, memory)
+    if placed is None:
+        return packed
+    ctypes.memmove(memory.data_ptr(), torch.ops.mkldnn.data_ptr(packed), packed_bytes(packed))
+    return placed
+
+
+def lay_out(packed: Tensor, memory: Tensor) -> Tensor | None:
+    """What is in ``memory``, as a packed weight in the layout of another; it keeps it alive.
+
+    Args:
+        packed: From :func:`hybrid_fx.passes.packing.pack`.
+        memory: uint8, at least the packed bytes, at a multiple of 64 bytes.
+    """
     shim = _shim()
     if shim is None or packed.dtype not in _DTYPES:
-        return packed
+        return None
     layout = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
     sizes = (ctypes.c_int64 * packed.dim())(*packed.shape)
     made = ctypes.c_void_p()
@@ -53,12 +63,11 @@ def place(packed: Tensor, memory: Tensor) -> Tensor:
         ctypes.c_int64(layout.numel()),
     )
     if failed:
-        return packed
+        return None
     # In the plural: the function for one of them takes a second reference, and leaks it.
     (placed,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(made)])
     # It does not own its bytes, and must not outlive them.
     placed._memory = memory  # type: ignore[attr-defined]
-    ctypes.memmove(memory.data_ptr(), torch.ops.mkldnn.data_ptr(packed), packed_bytes(packed))
     return placed
 
 

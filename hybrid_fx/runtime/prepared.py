@@ -13,7 +13,7 @@ from ..passes.kernels import concat_rows
 from ..passes.packing import pack, packed_bytes, packs, refill
 from ..plan.records import Prepared
 from .huge_pages import block
-from .placing import place
+from .placing import lay_out, place
 from .shared_rows import SharedRows
 
 #: A tensor in memory that is this many times its own is a slice; what was gathered is padded.
@@ -123,8 +123,10 @@ class PreparedTensors:
     def store_packed(self, index: int, *weights: Tensor) -> None:
         """Take tensor ``index`` of the new version: weights [n_i, E], to be stacked and packed."""
         kept, first = self._kept[index], weights[0]
+        if kept is None:
+            kept = self._like_another(sum(weight.shape[0] for weight in weights), first)
         if kept is not None and refill(kept, *(weight.detach() for weight in weights)):
-            self._next[index] = kept
+            self._kept[index] = self._next[index] = kept
             return
         if kept is not None and kept.is_mkldnn:
             self._kept[index] = kept = None  # not held beside what takes its place
@@ -132,6 +134,14 @@ class PreparedTensors:
         # parameters themselves.
         join = concat_rows if packs(first.device, first.dtype) else self._join
         self.store(index, pack(first if len(weights) == 1 else join(*weights)))
+
+    def _like_another(self, rows: int, weight: Tensor) -> Tensor | None:
+        """Memory to pack into, laid out as what another layer has packed in this version."""
+        wanted = (rows, *weight.shape[1:]), weight.dtype
+        packed = (tensor for tensor in self._next if tensor is not None and tensor.is_mkldnn)
+        other = next((t for t in packed if (tuple(t.shape), t.dtype) == wanted), None)
+        memory = None if other is None else block(packed_bytes(other))
+        return None if other is None or memory is None else lay_out(other, memory)
 
     def _owned(self, index: int, value: Tensor) -> bool:
         wanted = self._wanted[index]

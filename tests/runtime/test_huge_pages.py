@@ -15,7 +15,7 @@ from memory_ledger import address
 
 from hybrid_fx.passes.packing import pack, packed_bytes, packed_linear, packs, refill
 from hybrid_fx.plan.records import Prepared
-from hybrid_fx.runtime import huge_pages, placing
+from hybrid_fx.runtime import huge_pages, placing, prepared
 from hybrid_fx.runtime.huge_pages import PAGE, block
 from hybrid_fx.runtime.placing import place
 from hybrid_fx.runtime.prepared import PreparedTensors
@@ -137,3 +137,21 @@ def test_without_any_of_it_a_weight_stays_where_torch_put_it(
     held.store(0, packed)
     held.finish()
     assert address(held.tensors[0]) == address(packed)
+
+
+@huge
+def test_layers_behind_the_first_are_packed_where_they_will_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = PreparedTensors((WANTED, WANTED))
+    held.begin()
+    held.store_packed(0, torch.ones(SHAPE))
+    monkeypatch.setattr(prepared, "place", refuse)  # nothing is moved any more
+    half = SHAPE[0] // 2
+    held.store_packed(1, torch.full((half, SHAPE[1]), 2.0), torch.full((half, SHAPE[1]), 3.0))
+    held.finish()
+    first, second = held.tensors
+    assert first.to_dense().eq(1).all()
+    assert second.to_dense().mean(1).tolist() == [2.0] * half + [3.0] * half
+    assert in_huge_pages(address(second)) == PAGE
+    assert held.nbytes == 2 * packed_bytes(first)
