@@ -195,11 +195,11 @@ def attend_one(
     if key_valid is None and not softcap and sinks is None and heads > kv_heads:
         out = F.scaled_dot_product_attention(grouped, keys, values, scale=scale)
     else:
-        out = _few(grouped, keys, values, key_valid, scale, softcap, sinks)
+        out = attend_few(grouped, keys, values, key_valid, scale, softcap, sinks)
     return out.reshape(batch, 1, heads, values.shape[3])
 
 
-def _few(
+def attend_few(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -208,7 +208,10 @@ def _few(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention [B, K, G, D] of G queries a key-value head that see all columns, written out."""
+    """Attention [B, K, G, D] of G queries a key-value head, written out.
+
+    They see all columns S of keys and values [B, K, S, D], or those where key_valid [B, S] is True.
+    """
     batch, kv_heads, count, _ = query.shape
     scores = torch.matmul(query, keys.transpose(2, 3))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale

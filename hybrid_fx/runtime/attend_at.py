@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..passes.attention import attend_few
+
 
 def masks_at(
     valid: Tensor, at: Tensor, windows: Iterable[int], dtype: torch.dtype
@@ -79,30 +81,8 @@ def attend_at(
     mask = masks[window].to(query.dtype)
     keys, values = (memory[:, :, : mask.shape[3]] for memory in (key_memory, value_memory))
     if softcap or sinks is not None:
-        out = _written_out(grouped, keys, values, mask, scale, softcap, sinks)
+        counts = mask[:, 0, 0] == 0
+        out = attend_few(grouped, keys, values, counts, scale, softcap, sinks)
     else:
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(rows, 1, heads, value_memory.shape[3])
-
-
-def _written_out(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """[N, K, H/K, D], for what SDPA lacks: logit softcap and sinks."""
-    rows, kv_heads, count, _ = query.shape
-    scores = torch.matmul(query, keys.transpose(2, 3))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + mask
-    if sinks is not None:
-        extra = sinks.to(scores.dtype).reshape(1, kv_heads, count, 1).expand(rows, -1, -1, 1)
-        scores = torch.cat((scores, extra), -1)
-    weights = torch.softmax(scores, -1)[..., : keys.shape[2]]
-    return torch.matmul(weights.to(values.dtype), values)

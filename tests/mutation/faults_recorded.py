@@ -84,8 +84,9 @@ GROUPS = (
                 "seen & (columns >= at - window)",
             ),
             Fault("a row may see nothing", " | (columns == at)", ""),
-            Fault("the softcap is lost", "    if softcap:\n", "    if False:\n"),
-            Fault("sinks take their share back", ")[..., : keys.shape[2]]", ")[..., 1:]"),
+            Fault("the softcap is lost", "scale, softcap, sinks)", "scale, 0.0, sinks)"),
+            Fault("sinks are lost", "scale, softcap, sinks)", "scale, softcap, None)"),
+            Fault("written out, every column counts", "mask[:, 0, 0] == 0", "mask[:, 0, 0] <= 0"),
         ),
     ),
     Group(
