@@ -21,9 +21,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     The result is rounded to x's dtype before the weight is applied, as the Llama family does.
     """
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    normed = normed.to(x.dtype)
+    if x.device.type == "cpu" and x.dtype != torch.float64:
+        # The very same operators, in one call; other devices have a kernel that sums differently.
+        normed = F.rms_norm(x, x.shape[-1:], None, eps)
+    else:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        normed = wide.to(x.dtype)
     return normed * (weight + offset) if offset else normed * weight
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .host import is_asynchronous
+from .largest import first_largest
 
 NO_DISTRIBUTION = "probability tensor contains either `inf`, `nan` or element < 0"
 
@@ -36,7 +37,7 @@ class Choose(Protocol):
 
 def largest(scores: Tensor, rows: Sequence[int]) -> Tensor:
     """The first token of the largest score in each row: greedy search."""
-    return scores.argmax(-1)
+    return first_largest(scores)
 
 
 class Memory:

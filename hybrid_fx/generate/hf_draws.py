@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .choose import Memory, probabilities
 from .host import to_device
+from .largest import first_largest
 
 #: Elements to draw at a time: they stay in the processor's cache.
 _CHUNK = 2**18
@@ -59,10 +60,10 @@ class HFDraws:
             noise.uniform_().neg_()
             if len(running) < count:
                 noise = noise[[row - first for row in running]]
-            below = noise.log1p_().to(p.dtype)  # the noise below zero: so argmin for argmax
+            drawn = noise.log1p_().to(p.dtype).neg_()
             places = [place[row] for row in running]
             chosen = p[places[0] : places[0] + 1] if len(places) == 1 else p[places]
-            found[places] = torch.div(chosen, below, out=below).argmin(-1)
+            found[places] = first_largest(torch.div(chosen, drawn, out=drawn))
         return found
 
 

@@ -31,12 +31,16 @@ GROUPS = (
         "passes/kernels.py",
         _FUSIONS,
         (
-            Fault("the cast to float32 is missing", "wide = x.float()", "wide = x"),
-            Fault("the mean is over the tokens", "wide.pow(2).mean(-1,", "wide.pow(2).mean(-2,"),
+            Fault("the mean is over the tokens", "x, x.shape[-1:], None", "x, x.shape[-2:], None"),
+            Fault("nothing is added to the mean", "None, eps)", "None, 0.0)"),
             Fault(
                 "rounding comes behind the weight",
-                "    normed = normed.to(x.dtype)\n    return normed * (weight + offset)",
-                "    return normed.to(x.dtype) * (weight + offset)",
+                "F.rms_norm(x, x.shape[-1:]",
+                "F.rms_norm(x.float(), x.shape[-1:]",
+            ),
+            Fault("the cast to float32 is missing", "wide = x.float()", "wide = x"),
+            Fault(
+                "double precision is kept", 'x.device.type == "cpu" and x.dtype', "True or x.dtype"
             ),
         ),
     ),

@@ -12,9 +12,20 @@ _FAST = (
 _LEAVING = "tests/generate/test_generate_leaving.py"
 _PROMPTS = "tests/generate/test_generate_prompts.py"
 _AHEAD = "tests/generate/test_generate_ahead.py"
+_LARGEST = "tests/generate/test_generate_largest.py"
 _DRAWS = "tests/generate/test_generate_draws.py"
 
 GROUPS = (
+    Group(
+        "largest of a row",
+        "hybrid_fx/generate/largest.py",
+        (_LARGEST,),
+        (
+            Fault("what is behind the last whole block is left out", "whole < width", "False"),
+            Fault("the last block reaches behind the row", ".clamp_(max=width - _BLOCK)", ""),
+            Fault("the place in the row is that in its block", "first[:, 0] + ", ""),
+        ),
+    ),
     Group(
         "decoding loop",
         "hybrid_fx/generate/running.py",

@@ -12,16 +12,19 @@ from captured_models import canonical, model_of
 from policy_graphs import described, layers_of, logits, through, weights
 from small_graphs import Builder, count, far, run, same, text, values
 from torch import fx
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hybrid_fx.passes.concat import concat_qkv
 from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.fuse_norm import fuse_add_norm, fuse_rms_norm
 from hybrid_fx.passes.graph import calls
+from hybrid_fx.passes.kernels import rms_norm
 from hybrid_fx.passes.policies import POLICIES
 from hybrid_fx.passes.roles import LayerMatch
 from hybrid_fx.passes.spec import check_graph
 
 LAYER = "layers.0"
+F32, F16, F64 = torch.float32, torch.float16, torch.float64
 LLAMA = next(policy for policy in POLICIES if policy.name == "llama")
 GPT2 = next(policy for policy in POLICIES if policy.name == "gpt2")
 OPT = next(policy for policy in POLICIES if policy.name == "opt")
@@ -60,6 +63,16 @@ def test_it_declines_where_no_layer_is_described(name: str) -> None:
     assert sorted(text(graph).split("\n")) == sorted(before.split("\n"))
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, torch.bfloat16, F64])
+def test_the_rms_norm_operator_has_the_bits_of_the_module(dtype: torch.dtype) -> None:
+    for size, eps in ((1, 1e-6), (33, 1e-5), (896, 0.3)):
+        norm = LlamaRMSNorm(size, eps).to(dtype)
+        torch.nn.init.normal_(norm.weight)
+        x = torch.randn(2, 3, size, dtype=dtype)
+        assert torch.equal(rms_norm(x, norm.weight, eps), norm(x))
+        assert torch.equal(rms_norm(x[:, :1], norm.weight, eps), norm(x[:, :1]))
+
+
 def _norm(
     build: Builder, x: fx.Node, *, wide: torch.dtype | None, back: torch.dtype | None
 ) -> fx.Node:
@@ -75,7 +88,6 @@ def _norm(
     return build.call("mul", weight, normed, path=place)
 
 
-F32, F16, F64 = torch.float32, torch.float16, torch.float64
 NORMS = {
     "float32": (F32, None, None, 1),
     "bfloat16 through float32": (torch.bfloat16, F32, torch.bfloat16, 1),
