@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
+from engine.versioned_net import risen
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hybrid_fx.engine.versions import WeightTracker
@@ -35,15 +36,6 @@ def tracker(adapted: torch.nn.Module) -> Iterator[WeightTracker]:
     tracker = WeightTracker(adapted)
     yield tracker
     tracker.close()
-
-
-def risen(tracker: WeightTracker, change: Callable[[], object]) -> str:
-    before = tracker.refresh()
-    change()
-    after = tracker.refresh()
-    assert after > before
-    assert tracker.refresh() == after
-    return tracker.reason
 
 
 def test_resized_embeddings_raise_the_version() -> None:

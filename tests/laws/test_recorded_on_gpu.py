@@ -1,4 +1,4 @@
-"""What tests/laws/test_recorded_steps.py claims of a tape, of CUDA graphs on a GPU."""
+"""What the tests of recorded steps beside this file claim of a tape, of CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from laws.against_hf import hf_generate, near_ties
-from laws.test_recorded_steps import ENDS, LOOKS, family, sizes_of, steps_of
+from laws.recorded_engines import ENDS, LOOKS, family, sizes_of, steps_of
 from runtime.test_recording import REFUSED, TAKEN, X
 from tiny_models import VOCAB, adapted, prompt, randomize_adapters, tiny
 from torch import nn

@@ -6,13 +6,16 @@ from mutant import Fault, Group
 
 _FOLLOWED = "tests/laws/test_weights_followed.py"
 _VALUES = f"{_FOLLOWED}::test_changed_values_are_prepared_again_and_nothing_else"
+_STEPS = ("tests/engine/test_versions_steps.py",)
+_EDITS = ("tests/engine/test_versions_edits.py",)
+_HIDDEN = ("tests/engine/test_versions_hidden.py",)
 _KEY = "tests/cache/test_key.py"
 
 GROUPS = (
     Group(
         "weight versions",
         "hybrid_fx/engine/versions.py",
-        ("tests/engine/test_versions.py",),
+        _STEPS,
         (
             Fault(
                 "a step of an optimizer is not counted",
@@ -23,6 +26,7 @@ GROUPS = (
                 "a change that a look found is not counted",
                 "        if change is not None and self._told:\n",
                 "        if change is not None and not self._told:\n",
+                _EDITS,
             ),
             Fault(
                 "what was seen is looked at again and again",
@@ -33,18 +37,20 @@ GROUPS = (
                 "the hook stays behind",
                 "        self._unhook()\n",
                 "        pass\n",
+                ("tests/engine/test_weight_tracker.py",),
             ),
             Fault(
                 "the checksum is not taken",
                 'tensors if self._verify == "checksum" else uncounted(now, tensors)',
                 "uncounted(now, tensors)",
+                _HIDDEN,
             ),
         ),
     ),
     Group(
         "weight versions",
         "hybrid_fx/engine/snapshot.py",
-        ("tests/engine/test_versions.py",),
+        _EDITS,
         (
             Fault(
                 "edits in place are not seen",
@@ -66,11 +72,13 @@ GROUPS = (
                 "a checksum that changed is not seen",
                 "        if old.sums.get(name, value) != value:\n",
                 "        if old.sums.get(name, value) is None:\n",
+                _HIDDEN,
             ),
             Fault(
                 "an optimizer over a view of a parameter is not seen",
                 "                if storage_address(tensor) in storages:\n",
                 "                if storage_address(tensor) is None:\n",
+                _STEPS,
             ),
         ),
     ),

@@ -4,67 +4,70 @@ from __future__ import annotations
 
 from mutant import Fault, Group
 
-_STEPS = "tests/laws/test_recorded_steps.py"
+_TOKENS = "tests/laws/test_recorded_tokens.py"
+_KEPT = "tests/laws/test_recordings_kept.py"
+_COLUMNS = "tests/laws/test_recorded_columns.py"
+_REFUSED = "tests/laws/test_recording_refused.py"
 _RECORDING = ("tests/runtime/test_recording.py",)
 
 
-def _claims(*names: str) -> tuple[str, ...]:
-    return tuple(f"{_STEPS}::test_{name}" for name in names)
+def _claim(file: str, name: str) -> tuple[str, ...]:
+    return (f"{file}::test_{name}",)
 
 
 GROUPS = (
     Group(
         "recorded steps",
         "hybrid_fx/runtime/recorded.py",
-        (_STEPS,),
+        (_TOKENS, _KEPT, _REFUSED),
         (
             Fault(
                 "the padding of another call stays",
                 "            self._current[0].look(valid)\n",
                 "",
-                _claims("the_tokens_are_those_of_transformers_in_each_family"),
+                _claim(_TOKENS, "the_tokens_are_those_of_transformers_in_each_family"),
             ),
             Fault(
                 "weights that lie elsewhere are not seen",
                 "memory = (self._places, self._workspace.generation)",
                 "memory = (None, self._workspace.generation)",
-                _claims("weights_that_lie_elsewhere_are_recorded_anew"),
+                _claim(_KEPT, "weights_that_lie_elsewhere_are_recorded_anew"),
             ),
             Fault(
                 "new memory for keys and values is not seen",
                 "memory = (self._places, self._workspace.generation)",
                 "memory = (self._places, None)",
-                _claims("more_memory_is_recorded_anew_and_the_old_is_dropped"),
+                _claim(_KEPT, "more_memory_is_recorded_anew_and_the_old_is_dropped"),
             ),
             Fault(
                 "logits are written by the next step",
                 "recording.replay()[: len(ids)].clone()",
                 "recording.replay()[: len(ids)]",
-                _claims("logits_that_were_handed_out_outlive_the_next_step"),
+                _claim(_TOKENS, "logits_that_were_handed_out_outlive_the_next_step"),
             ),
             Fault(
                 "a recording serves unproven",
                 "if not distance <= self._allowed:",
                 "if distance < 0:",
-                _claims("a_recording_that_says_something_else_is_found_out"),
+                _claim(_REFUSED, "a_recording_that_says_something_else_is_found_out"),
             ),
             Fault(
                 "keys and values of a recording that was refused stay",
                 "            return eager()  # once more",
                 "            return logits  # once more",
-                _claims("a_recording_that_says_something_else_is_found_out"),
+                _claim(_REFUSED, "a_recording_that_says_something_else_is_found_out"),
             ),
             Fault(
                 "rows that are not apart stand beside others",
                 "{*powers, rows} if padded else set()",
                 "{*powers, rows}",
-                _claims("rows_that_are_not_apart_are_never_beside_others"),
+                _claim(_KEPT, "rows_that_are_not_apart_are_never_beside_others"),
             ),
             Fault(
                 "every number of rows is recorded",
                 "{*powers, rows} if padded else set()",
                 "set()",
-                _claims("rows_that_leave_step_down_through_powers_of_two"),
+                _claim(_KEPT, "rows_that_leave_step_down_through_powers_of_two"),
             ),
         ),
     ),
@@ -105,19 +108,19 @@ GROUPS = (
     Group(
         "recorded sessions",
         "hybrid_fx/runtime/session.py",
-        (_STEPS,),
+        (_COLUMNS,),
         (
             Fault(
                 "padding that was taken back stays padding",
                 "                self._valid[:, length:] = True",
                 "                self._valid[:, length:] &= True",
-                _claims("columns_that_were_taken_back_are_seen_anew"),
+                _claim(_COLUMNS, "columns_that_were_taken_back_are_seen_anew"),
             ),
             Fault(
                 "padding among decoded columns is not seen",
                 "        self._moved |= key_valid is not None\n",
                 "",
-                _claims("a_column_that_is_padding_when_it_comes_is_never_seen"),
+                _claim(_COLUMNS, "a_column_that_is_padding_when_it_comes_is_never_seen"),
             ),
         ),
     ),

@@ -185,7 +185,7 @@ GROUPS = (
                 "only the weight that is written counts as written, not what shares its memory",
                 "            todo += shared_with(source)\n",
                 "            todo += []\n",
-                ("tests/passes/test_staging.py", "tests/passes/test_functionalize.py"),
+                ("tests/passes/test_hoist.py", "tests/passes/test_functionalize.py"),
             ),
             Fault(
                 "a function of which nothing is known writes nothing",

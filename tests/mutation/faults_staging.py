@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from mutant import Fault, Group
 
-_STAGING = ("tests/passes/test_staging.py",)
+_HOIST = ("tests/passes/test_hoist.py",)
+_THREAD_KV = ("tests/passes/test_thread_kv.py",)
+_LAST_TOKENS = ("tests/passes/test_last_tokens.py",)
 _SESSIONS = ("tests/runtime/test_sessions.py",)
 
 GROUPS = (
     Group(
         "gather_weights",
         "passes/gather.py",
-        _STAGING,
+        ("tests/passes/test_gather_weights.py",),
         (
             Fault(
                 "the weight is read beside its gather", "if user is not whole:", "if user is whole:"
@@ -65,7 +67,7 @@ GROUPS = (
     Group(
         "hoist",
         "passes/hoist.py",
-        _STAGING,
+        _HOIST,
         (
             Fault(
                 "prepared tensors are handed over in the wrong order",
@@ -92,7 +94,7 @@ GROUPS = (
     Group(
         "hoist",
         "passes/binding.py",
-        _STAGING,
+        _HOIST,
         (
             Fault(
                 "what reads a written buffer moves to prepare",
@@ -114,7 +116,7 @@ GROUPS = (
     Group(
         "thread_kv_prefill",
         "passes/thread_kv.py",
-        (*_STAGING, *_SESSIONS),
+        (*_THREAD_KV, *_SESSIONS),
         (
             Fault(
                 "keys and values are swapped",
@@ -145,7 +147,7 @@ GROUPS = (
     Group(
         "thread_kv_decode",
         "passes/thread_kv.py",
-        (*_STAGING, *_SESSIONS),
+        (*_THREAD_KV, *_SESSIONS),
         (
             Fault(
                 "the scale of one layer serves all",
@@ -162,7 +164,7 @@ GROUPS = (
     Group(
         "keep_last_tokens",
         "passes/last_tokens.py",
-        _STAGING,
+        _LAST_TOKENS,
         (
             Fault(
                 "a slice of the tokens is taken for one of the vocabulary",
@@ -189,7 +191,7 @@ GROUPS = (
     Group(
         "keep_last_tokens",
         "passes/kernels.py",
-        _STAGING,
+        _LAST_TOKENS,
         (
             Fault("the first tokens are kept", "x[:, x.shape[1] - keep :]", "x[:, :keep]"),
             Fault(
@@ -236,7 +238,7 @@ GROUPS = (
     Group(
         "thread_masks",
         "passes/thread_masks.py",
-        _STAGING,
+        ("tests/passes/test_thread_masks.py",),
         (
             Fault(
                 "attention with a window gets the mask of attention without",
@@ -258,7 +260,7 @@ GROUPS = (
     Group(
         "keep_selected_tokens",
         "passes/kernels.py",
-        _STAGING,
+        _LAST_TOKENS,
         (
             Fault(
                 "the first tokens are left out and not the last kept",

@@ -55,6 +55,21 @@ def test_each_attention_gets_its_implementation_and_the_mask_of_its_kind() -> No
     assert not calls(graph, "attention")
 
 
+def test_in_training_each_attention_takes_its_own_implementation_and_its_kind_of_mask() -> None:
+    build = Builder()
+    q, k, v = (build.input(name, 1, 4, 3, 8) for name in "qkv")
+    plain = build.call("attention", q, k, v, 0.3, path="a")
+    windowed = build.call("attention", q, k, v, 0.4, 3, 20.0, path="b")
+    graph = build.output(plain, windowed)
+    assert thread_masks(graph, Context()).count == 2
+    first, second = calls(graph, "attend_as_configured")
+    inputs = [[node.args[0].meta["input"], node.args[4].meta["input"]] for node in (first, second)]
+    assert inputs == [["implementations_0", "causal_mask"], ["implementations_1", "window_mask"]]
+    assert first.args[1:4] == second.args[1:4] == (q, k, v)
+    assert (first.args[5:], second.args[5:]) == ((0.3,), (0.4, 3, 20.0))
+    assert thread_masks(graph, Context()).count == 0
+
+
 def test_a_second_run_changes_nothing() -> None:
     graph = two_attentions()
     run_passes(graph, TRAIN, Context(training=True))

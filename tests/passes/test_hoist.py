@@ -1,16 +1,12 @@
-"""gather, hoist, thread_kv and keep_last_tokens: what turns one graph into a plan's stages."""
+"""hoist: what depends on weights alone moves to the prepare graph, and nothing else."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from captured_models import canonical, model_of
-from policy_graphs import logits as logits_of
-from policy_graphs import weights
-from small_graphs import Builder, count, far, run, same, text, values
+from captured_models import canonical
+from small_graphs import Builder, count, run, same, text, values
 from torch import fx
 
 from hybrid_fx.passes.binding import weight_only, weights_first
@@ -18,27 +14,8 @@ from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.gather import gather_weights
 from hybrid_fx.passes.graph import calls, name_of
 from hybrid_fx.passes.hoist import hoist
-from hybrid_fx.passes.last_tokens import keep_last_tokens, keep_selected_tokens
-from hybrid_fx.passes.spec import THREADED, check_graph
-from hybrid_fx.passes.thread_kv import kv_shapes, thread_kv_decode, thread_kv_prefill
-from hybrid_fx.passes.thread_masks import thread_masks
 
 KINDS = ("llama", "gpt2", "opt")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_weight_passes_a_gather_once(kind: str) -> None:
-    graph = canonical(kind)
-    held = weights(model_of(kind))
-    before = logits_of(graph, held)
-    placeholders = [n for n in graph.nodes if "weight" in n.meta and n.op == "placeholder"]
-    assert gather_weights(graph, Context()).count == len(placeholders)
-    for node in placeholders:
-        assert [name_of(user) for user in node.users] == ["gather"]
-    assert same(logits_of(graph, held), before)
-    after = text(graph)
-    assert gather_weights(graph, Context()).count == 0
-    assert text(graph) == after
 
 
 def _hoisted_values(graph: fx.Graph) -> None:
@@ -258,175 +235,3 @@ def test_weights_are_computed_first_in_the_order_they_had() -> None:
     weights_first(graph)
     graph.lint()
     assert [n for n in graph.nodes if n.op == "call_function"][:3] == [first, second, early]
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "opt350", "mistral", "phi3"])
-@pytest.mark.parametrize(
-    ("thread", "operator"), [(thread_kv_prefill, "attend"), (thread_kv_decode, "attend_one")]
-)
-def test_the_workspace_is_threaded_through_every_attention(
-    kind: str, thread: object, operator: str
-) -> None:
-    graph = canonical(kind)
-    shapes = kv_shapes(graph)
-    assert thread(graph, Context()).count == 2  # type: ignore[operator]
-    check_graph(graph, stage="threaded", rules=THREADED)
-    inputs = [n.meta["input"] for n in graph.nodes if "input" in n.meta]
-    assert sorted(inputs) == sorted(
-        ["input_ids", "position_ids", "slots", "key_valid", "pitch"]
-        + [f"{kind}_{i}" for i in range(2) for kind in ("keys", "values")]
-    )
-    first, second = calls(graph, operator)
-    assert first.args[3] is not second.args[3], "each attention has memory of its own"
-    assert first.args[5] is second.args[5], "and all share one table of slots"
-    assert [shape.window for shape in shapes] == [4 if kind == "mistral" else 0] * 2
-    assert {shape.heads for shape in shapes} == {2 if kind in ("llama", "mistral", "phi3") else 4}
-    after = text(graph)
-    assert thread(graph, Context()).count == 0  # type: ignore[operator]
-    assert text(graph) == after
-
-
-def test_attention_with_dropout_is_not_threaded_and_says_so() -> None:
-    build = Builder()
-    q = build.input("q", 1, 4, 3, 8)
-    graph = build.output(build.call("attention", q, q, q, 0.5, 0, 0.0, None, 0.1, path="a"))
-    result = thread_kv_decode(graph, Context())
-    assert result.count == 0
-    assert result.misses[0][1].expected == "attention without dropout"
-
-
-@pytest.mark.parametrize("thread", [thread_kv_prefill, thread_kv_decode])
-def test_what_an_attention_was_captured_with_reaches_its_threaded_form(thread: Any) -> None:
-    build = Builder()
-    q, k, v = (build.input(name, 1, 4, 3, 8) for name in "qkv")
-    sinks = build.weight("sinks", 4)
-    graph = build.output(build.call("attention", q, k, v, 0.3, 3, 20.0, sinks, path="a"))
-    assert thread(graph, Context()).count == 1
-    (new,) = calls(graph, "attend", "attend_one")
-    assert new.args[:3] == (q, k, v)
-    assert [arg.meta["input"] for arg in new.args[3:8]] == [
-        "keys_0", "values_0", "slots", "key_valid", "pitch",
-    ]  # fmt: skip
-    assert new.args[8:] == (0.3, 3, 20.0, sinks)
-
-
-def test_in_training_each_attention_takes_its_own_implementation_and_its_kind_of_mask() -> None:
-    build = Builder()
-    q, k, v = (build.input(name, 1, 4, 3, 8) for name in "qkv")
-    plain = build.call("attention", q, k, v, 0.3, path="a")
-    windowed = build.call("attention", q, k, v, 0.4, 3, 20.0, path="b")
-    graph = build.output(plain, windowed)
-    assert thread_masks(graph, Context()).count == 2
-    first, second = calls(graph, "attend_as_configured")
-    inputs = [[node.args[0].meta["input"], node.args[4].meta["input"]] for node in (first, second)]
-    assert inputs == [["implementations_0", "causal_mask"], ["implementations_1", "window_mask"]]
-    assert first.args[1:4] == second.args[1:4] == (q, k, v)
-    assert (first.args[5:], second.args[5:]) == ((0.3,), (0.4, 3, 20.0))
-    assert thread_masks(graph, Context()).count == 0
-
-
-def test_in_training_the_tokens_kept_are_those_that_logits_to_keep_names() -> None:
-    for keep, kept in ((2, [3, 4]), (0, [0, 1, 2, 3, 4]), (torch.tensor([0, 3]), [0, 3])):
-        build = Builder()
-        x, w = build.input("x", 2, 5, 3), build.weight("w", 4, 3)
-        graph = build.output(build.call("linear", x, w, None))
-        given = values(graph)
-        whole = run(graph, given)[0]
-        assert keep_selected_tokens(graph, Context()).count == 1
-        got = fx.Interpreter(fx.GraphModule({}, graph)).run(given["x"], given["w"], keep)
-        assert far(got, whole[:, kept]) < 1e-6
-        assert keep_selected_tokens(graph, Context()).count == 0
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt350"])
-def test_only_the_last_tokens_reach_the_vocabulary(kind: str) -> None:
-    graph = canonical(kind)
-    held = weights(model_of(kind))
-    whole = logits_of(graph, held)
-    assert keep_last_tokens(graph, Context()).count == 1
-    (kept,) = calls(graph, "last_tokens")
-    (user,) = kept.users
-    assert name_of(user) == "linear"
-    assert user.meta["path"].endswith("lm_head")
-    given = _with_keep(graph, held, 2)
-    assert far(given, whole[:, -2:]) < 1e-6
-    assert keep_last_tokens(graph, Context()).count == 0
-
-
-def _with_keep(graph: fx.Graph, held: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
-    """``logits_of``, with the input ``keep`` taken as a constant."""
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and node.meta.get("input") == "keep":
-            for user in list(node.users):
-                user.args = tuple(keep if arg is node else arg for arg in user.args)
-            graph.erase_node(node)
-    result: torch.Tensor = logits_of(graph, held)
-    return result
-
-
-def _head(build: Builder, tail: str) -> fx.Node:
-    x, w = build.input("x", 2, 5, 4), build.weight("w", 6, 4)
-    logits = build.call("linear", x, w, None)
-    scale = build.weight("s", 6)
-    return {
-        "nothing": lambda: logits,
-        "softcap": lambda: build.call(
-            "mul", build.call("tanh", build.call("truediv", logits, 30.0)), 30.0
-        ),
-        "a part of the vocabulary": lambda: build.call("getitem", logits, (..., slice(None, 3))),
-        "a cast and a scale": lambda: build.call(
-            "mul", build.call("to", logits, torch.float64), scale
-        ),
-        "some tokens": lambda: build.call("getitem", logits, (slice(None), slice(1, None))),
-        "one token": lambda: build.call("getitem", logits, (slice(None), -1)),
-        "a mean over tokens": lambda: build.call(
-            "sub", logits, build.call("mean", logits, 1, True)
-        ),
-        "a running sum": lambda: build.call("cumsum", logits, 1),
-        "what others read": lambda: build.call("mul", logits, build.call("amax", logits, (0, 1))),
-        "the tokens' own": lambda: build.call("add", logits, build.call("mean", x, -1, True)),
-    }[tail]()
-
-
-@pytest.mark.parametrize(
-    ("tail", "early"),
-    [
-        ("nothing", True),
-        ("softcap", True),
-        ("a part of the vocabulary", True),
-        ("a cast and a scale", True),
-        ("some tokens", False),
-        ("a mean over tokens", False),
-        ("the tokens' own", False),
-        ("a running sum", False),
-        ("what others read", False),
-    ],
-)
-def test_logits_are_cut_early_only_where_each_token_stands_alone(tail: str, early: bool) -> None:
-    build = Builder()
-    graph = build.output(_head(build, tail))
-    given = values(graph)
-    before = run(graph, given)[0]
-    keep_last_tokens(graph, Context())
-    (kept,) = calls(graph, "last_tokens")
-    assert (name_of(kept.args[0]) is None) == early
-    keep = next(n for n in graph.nodes if n.meta.get("input") == "keep")
-    kept.args = (kept.args[0], 2)
-    graph.erase_node(keep)
-    assert far(run(graph, given)[0], before[:, -2:]) < 1e-6
-
-
-def test_logits_that_something_else_reads_are_cut_late() -> None:
-    build = Builder()
-    logits = _head(build, "nothing")
-    top = build.call("amax", logits, 1, True)
-    graph = build.output(build.call("sub", logits, top))
-    given = values(graph)
-    before = run(graph, given)[0]
-    keep_last_tokens(graph, Context())
-    (kept,) = calls(graph, "last_tokens")
-    assert name_of(kept.args[0]) == "sub"
-    keep = next(n for n in graph.nodes if n.meta.get("input") == "keep")
-    kept.args = (kept.args[0], 2)
-    graph.erase_node(keep)
-    assert same(run(graph, given)[0], before[:, -2:])
