@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,24 @@ _MOST = 64
 
 #: N, C and P of a recording.
 Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """One decode step of B rows.
+
+    Attributes:
+        eager: Does it without a recording.
+        ids, positions: int64 [B, 1].
+        valid: bool [B, P], which columns are valid; True behind ``at``. ``None``: all are.
+        at: The column that is written.
+    """
+
+    eager: Callable[[], Tensor]
+    ids: Tensor
+    positions: Tensor
+    valid: Tensor | None
+    at: int
 
 
 class Inputs:
@@ -61,11 +80,12 @@ class Inputs:
         else:
             self.valid[: len(valid)].copy_(valid[:, : self.columns])
 
-    def put(self, ids: Tensor, positions: Tensor, at: int) -> None:
-        """Take the tokens of a step, [B, 1], and the column that they stand in."""
-        self.ids[: len(ids)].copy_(ids)
-        self.positions[: len(positions)].copy_(positions)
-        self.at.fill_(at)
+    def put(self, step: DecodeStep) -> None:
+        """Take the tokens of a step and the column that they stand in."""
+        rows = len(step.ids)
+        self.ids[:rows].copy_(step.ids)
+        self.positions[:rows].copy_(step.positions)
+        self.at.fill_(step.at)
 
 
 class RecordedDecode:
@@ -127,38 +147,25 @@ class RecordedDecode:
         powers = (1 << power for power in range((rows - 1).bit_length()))
         self._sizes = {*powers, rows} if padded else set()
 
-    def step(
-        self,
-        eager: Callable[[], Tensor],
-        ids: Tensor,
-        positions: Tensor,
-        valid: Tensor | None,
-        *,
-        at: int,
-        moved: bool,
-    ) -> Tensor:
-        """One decode step of B rows.
+    def step(self, step: DecodeStep, *, moved: bool) -> Tensor:
+        """Do one step.
 
         Args:
-            eager: Does it without a recording.
-            ids, positions: int64 [B, 1].
-            valid: bool [B, P], which columns are valid; True behind ``at``. ``None``: all are.
-            at: The column that is written.
             moved: Whether rows, memory or ``valid`` may be others than those of the step before.
 
         Returns:
             [B, 1, V], memory of its own.
         """
         if self.failure:
-            return eager()
-        if moved or self._current is None or at >= self._current[0].columns:
-            self._current = self._found(len(ids), at)
+            return step.eager()
+        if moved or self._current is None or step.at >= self._current[0].columns:
+            self._current = self._found(len(step.ids), step.at)
             if self._current is None:
-                return self._first(eager, ids, positions, valid, at)
-            self._current[0].look(valid)
+                return self._first(step)
+            self._current[0].look(step.valid)
         inputs, recording = self._current
-        inputs.put(ids, positions, at)
-        return recording.replay()[: len(ids)].clone()
+        inputs.put(step)
+        return recording.replay()[: len(step.ids)].clone()
 
     def release(self) -> None:
         """Give up all recordings, and what they hold."""
@@ -191,26 +198,19 @@ class RecordedDecode:
             self._kept[size] = found  # as the latest
         return found
 
-    def _first(
-        self,
-        eager: Callable[[], Tensor],
-        ids: Tensor,
-        positions: Tensor,
-        valid: Tensor | None,
-        at: int,
-    ) -> Tensor:
+    def _first(self, step: DecodeStep) -> Tensor:
         """A step that is recorded; what it returns comes from the graph as it stands."""
-        logits = eager()
+        logits = step.eager()
         try:
-            size = self._size(len(ids), at)
+            size = self._size(len(step.ids), step.at)
             inputs = Inputs(*size[:2], self._device)
-            inputs.look(valid)
-            inputs.put(ids, positions, at)
+            inputs.look(step.valid)
+            inputs.put(step)
             recording = self._record(inputs)
-            self._prove(recording.replay()[: len(ids)], logits)
+            self._prove(recording.replay()[: len(step.ids)], logits)
         except Exception as error:  # not of the step itself, which has just run
             self._fail(error)
-            return eager()  # once more: what was tried has written keys and values
+            return step.eager()  # once more: what was tried has written keys and values
         self._current = self._kept[size] = inputs, recording
         if len(self._kept) > _MOST:
             del self._kept[next(iter(self._kept))]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..passes.collectives import Group
-from .recorded import RecordedDecode
+from .recorded import DecodeStep, RecordedDecode
 from .workspace import KeyValue, Workspace
 
 #: A generated prefill or decode function.
@@ -158,7 +158,8 @@ class PlanSession:
         if self._recorded is None:
             return eager()
         moved, self._moved = self._moved, False
-        return self._recorded.step(eager, ids, positions, self._valid, at=self.length, moved=moved)
+        step = DecodeStep(eager, ids, positions, self._valid, self.length)
+        return self._recorded.step(step, moved=moved)
 
     def _claim(self, length: int, key_valid: Tensor | None) -> None:
         """Make room for the columns up to ``length`` and note which of them are valid."""

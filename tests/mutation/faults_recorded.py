@@ -23,7 +23,7 @@ GROUPS = (
         (
             Fault(
                 "the padding of another call stays",
-                "            self._current[0].look(valid)\n",
+                "            self._current[0].look(step.valid)\n",
                 "",
                 _claim(_TOKENS, "the_tokens_are_those_of_transformers_in_each_family"),
             ),
@@ -41,8 +41,8 @@ GROUPS = (
             ),
             Fault(
                 "logits are written by the next step",
-                "recording.replay()[: len(ids)].clone()",
-                "recording.replay()[: len(ids)]",
+                "recording.replay()[: len(step.ids)].clone()",
+                "recording.replay()[: len(step.ids)]",
                 _claim(_TOKENS, "logits_that_were_handed_out_outlive_the_next_step"),
             ),
             Fault(
@@ -53,7 +53,7 @@ GROUPS = (
             ),
             Fault(
                 "keys and values of a recording that was refused stay",
-                "            return eager()  # once more",
+                "            return step.eager()  # once more",
                 "            return logits  # once more",
                 _claim(_REFUSED, "a_recording_that_says_something_else_is_found_out"),
             ),
