@@ -33,6 +33,9 @@ from .layers import layer_of
 from .pattern import Any, Call, Const, Either, Match, NoMatch, Opt, Pattern, match
 from .rewrite import reads_written, safe_to_replace
 
+#: The operators that fold an adapter into a weight.
+FOLDS = ("fold_lora", "fold_dora")
+
 _X = Opt("to", Any("x", node=True))
 _NONE = Const(equals=None)
 _LOW_RANK = Call("linear", Call("linear", _X, Any("a", node=True), _NONE), Any("b"), _NONE)
@@ -256,5 +259,5 @@ FOLD_LORA = Pass(
     fold_lora,
     provides=frozenset({"lora_folded"}),
     conflicts=frozenset({"qkv_stacked", "gate_up_stacked", "mlp_fused"}),
-    may_add=frozenset({"fold_lora", "fold_dora", "t", "contiguous"}),
+    may_add=frozenset({*FOLDS, "t", "contiguous"}),
 )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..plan.records import Prepared
 from ..runtime import PlanRunner
 from .iteration import readable_bytes
 
@@ -28,34 +29,35 @@ class PreparedCopy:
 
 
 def prepared_copies(
-    runner: PlanRunner, *, asked: bool, refused: Mapping[str, str] | None
+    runner: PlanRunner, *, asked: bool, refused: Mapping[tuple[str, ...], str] | None
 ) -> tuple[PreparedCopy, ...]:
     """What a runner holds beside the weights, in the order of its manifest.
 
     Args:
         runner: Whose prepared tensors.
         asked: Whether stacks were to share the weights' memory.
-        refused: Recipe to why it could not; ``None`` where the memory is not ours to lay out.
+        refused: What is stacked to why it could not; ``None`` where the memory is not ours to
+            lay out.
     """
 
-    def reason(recipe: str, packed: bool) -> str:
+    def reason(tensor: Prepared, packed: bool) -> str:
         if packed:
             return "packed for the kernels of the device"
-        if "fold_" in recipe:
+        if tensor.folded:
             return "adapters are folded into it"
-        operator, made, _ = recipe.partition("(")
+        operator, made, _ = tensor.recipe.partition("(")
         if not made:
             return "it is gathered from all ranks"
-        if operator != "concat_rows":
+        if not tensor.stacked:
             return f"{operator} makes it"
         if not asked:
             return "share_storage=False"
         if refused is None:
             return "weights are sharded, or computed by several ranks"
-        return refused.get(recipe, "it is not made of parameters as they are")
+        return refused.get(tensor.stacked, "it is not made of parameters as they are")
 
     return tuple(
-        PreparedCopy(tensor.name, nbytes, reason(tensor.recipe, packed))
+        PreparedCopy(tensor.name, nbytes, reason(tensor, packed))
         for tensor, nbytes, packed in runner.prepared.copies
     )
 

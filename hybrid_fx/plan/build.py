@@ -14,8 +14,9 @@ from torch import fx
 from ..passes.contract import Context, Pipeline
 from ..passes.driver import PassRecord, run_passes
 from ..passes.emit import emit
+from ..passes.fold_lora import FOLDS
 from ..passes.graph import inside, name_of, shape_of, value_of
-from ..passes.hoist import Hoisted, hoist
+from ..passes.hoist import Hoisted, hoist, recipe
 from ..passes.layers import layer_paths, nodes_by_layer
 from ..passes.pipeline import DECODE, NORMALIZE, OPTIONAL, PREFILL, STAGE, STREAM, copy_graph
 from ..passes.policies import POLICIES
@@ -167,19 +168,34 @@ def number_weights(graph: fx.Graph) -> tuple[Weight, ...]:
 def _prepared(staged: Hoisted) -> tuple[Prepared, ...]:
     results = next(n for n in staged.prepare.nodes if n.op == "output").args[0]
     assert isinstance(results, tuple)
+    folded: set[fx.Node] = set()
+    for node in staged.prepare.nodes:
+        if name_of(node) in FOLDS or not folded.isdisjoint(node.all_input_nodes):
+            folded.add(node)
     return tuple(
         Prepared(
             name=name,
-            recipe=recipe,
+            recipe=text,
             shape=tuple(int(size) for size in shape_of(node) or ()),
             dtype=_dtype(value_of(node)),
             owns_memory=owned,
             packed=name_of(node) == "pack",
+            folded=node in folded,
+            stacked=_stacked(node),
         )
-        for node, name, recipe, owned in zip(
+        for node, name, text, owned in zip(
             results, staged.names, staged.recipes, staged.owned, strict=True
         )
     )
+
+
+def _stacked(node: fx.Node) -> tuple[str, ...]:
+    """The recipes of what a result stacks, packed or not."""
+    plain = node.args[0] if name_of(node) == "pack" else node
+    assert isinstance(plain, fx.Node)
+    if name_of(plain) != "concat_rows":
+        return ()
+    return tuple(recipe(piece) for piece in plain.args if isinstance(piece, fx.Node))
 
 
 def _streamed(graph: fx.Graph) -> tuple[Streamed, ...]:
@@ -200,7 +216,7 @@ def _report(graph: fx.Graph, match: LayerMatch, records: Sequence[PassRecord]) -
     if "concat_rows" in names:
         joined = [len(n.args) for n in here if name_of(n) == "concat_rows"]
         fused |= {"qkv" if count == 3 else "gate_up" for count in joined}
-    folds = sum(name in ("fold_lora", "fold_dora") for name in names)
+    folds = sum(name in FOLDS for name in names)
     if folds:
         fused.add(f"lora ({folds} folded)")
     missed = [

@@ -30,7 +30,7 @@ from .plain import (
 from .records import KVLayer, Prepared, Streamed, Weight
 from .source_check import PARSING, TORCH_CONSTANTS, check_source
 
-FORMAT = 5
+FORMAT = 6
 """Version of the manifest's fields. Raise it with every change to them."""
 SOURCES = ("prepare", "prefill", "decode")
 """The sources of a plan that generates, in the order in which they run."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from ..passes.emit import emit
-from ..passes.fold_lora import site_of
+from ..passes.fold_lora import FOLDS, site_of
 from ..passes.graph import after, calls, inside, name_of, path_of, value_of
 from ..passes.hoist import Hoisted
 from ..passes.operators import OPERATORS
@@ -33,7 +33,7 @@ def prepare_source(staged: Hoisted, layers: Sequence[str]) -> tuple[str, list[st
         layers: Module paths of the layers, in order.
     """
     graph = copy_graph(staged.prepare)
-    folds = calls(graph, "fold_lora", "fold_dora")
+    folds = calls(graph, *FOLDS)
     sites = [site_of(path_of(fold)) for fold in folds]
     errors = [_Stored("store", (_measured(graph, fold),)) for fold in folds]
     output = next(n for n in graph.nodes if n.op == "output")

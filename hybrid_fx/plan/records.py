@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .plain import need_bool, need_positive, need_text, odd, set_shape
+from .plain import need_bool, need_positive, need_text, odd, set_shape, set_tuple
 from .source_check import TORCH_CONSTANTS
 
 _DTYPES = frozenset(name for name, value in TORCH_CONSTANTS.items() if type(value) is torch.dtype)
@@ -44,6 +44,8 @@ class Prepared:
         owns_memory: False where it is a parameter itself or a view of one, but for packing.
         packed: whether it is laid out for the kernel of its device, which is memory of its own
             on a device that has a layout for it.
+        folded: whether adapters are folded into it.
+        stacked: the recipes of what is stacked to it, in order; empty where it is no stack.
     """
 
     name: str
@@ -52,12 +54,16 @@ class Prepared:
     dtype: str
     owns_memory: bool
     packed: bool = False
+    folded: bool = False
+    stacked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         need_text(self, "recipe")
         _need_tensor(self)
         need_bool(self, "owns_memory")
         need_bool(self, "packed")
+        need_bool(self, "folded")
+        set_tuple(self, "stacked", str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

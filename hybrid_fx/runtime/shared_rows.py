@@ -66,12 +66,12 @@ class SharedRows:
     elsewhere since, by ``param.data = …`` or another engine, its stack is copied from then on.
 
     Attributes:
-        copied: What is stacked by a copy, as recipes of a manifest say it, to the reason.
+        copied: What is stacked by a copy, by the names of the parameters, to the reason.
         moved: How many parameters were given other memory so far.
     """
 
     def __init__(self) -> None:
-        self.copied: dict[str, str] = {}
+        self.copied: dict[tuple[str, ...], str] = {}
         self.moved = 0
         self._stacks: dict[int, _Stack] = {}  # by the storage of the first piece
         self._lent: set[int] = set()  # storages of whole stacks
@@ -118,7 +118,7 @@ class SharedRows:
             if not reason:
                 return self._lay_out(names, weights)
             if all(names):
-                self.copied[f"concat_rows({', '.join(names)})"] = reason
+                self.copied[names] = reason
         return torch.cat(weights, 0)
 
     def lent(self, tensor: Tensor) -> bool:

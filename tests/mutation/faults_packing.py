@@ -121,6 +121,15 @@ GROUPS = (
         (Fault("nothing is called packed", 'packed=name_of(node) == "pack"', "packed=False"),),
     ),
     Group(
+        "copies in the manifest",
+        "hybrid_fx/plan/build.py",
+        ("tests/engine/test_copies.py",),
+        (
+            Fault("nothing is called folded", "folded=node in folded", "folded=False"),
+            Fault("nothing is called a stack", "stacked=_stacked(node)", "stacked=()"),
+        ),
+    ),
+    Group(
         "packed results",
         "hybrid_fx/plan/prepare.py",
         ("tests/plan/test_prepare_source.py",),

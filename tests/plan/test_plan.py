@@ -78,6 +78,8 @@ manifests = st.builds(
             dtype=dtypes,
             owns_memory=st.booleans(),
             packed=st.booleans(),
+            folded=st.booleans(),
+            stacked=st.lists(texts, max_size=3),
         ),
         max_size=3,
     ),

@@ -34,7 +34,7 @@ def stacked(rows: SharedRows, weights: dict[str, Any], order: str = "qkv") -> Te
 
 
 def reason(rows: SharedRows, order: str = "qkv") -> str:
-    return rows.copied[f"concat_rows({', '.join(order)})"]
+    return rows.copied[tuple(order)]
 
 
 def test_a_stack_is_the_memory_of_its_parameters() -> None:
