@@ -16,16 +16,15 @@ from torch import Tensor
 
 from ..config import HybridConfig
 from ..errors import HybridError, StrictError
-from ..generate import Runner, causal_lm, position_limit
-from ..plan.plan import Plan
+from ..generate import Runner
 from ..runtime import PlanRunner
 from ..runtime.probe import Verdict
 from ..runtime.shared_rows import SharedRows
 from .plans import Plans
 from .proof import said
 from .prover import Prover
-from .runners import make_runner
-from .sides import side_of
+from .runners import device_of, limit_of
+from .sides import Sides
 from .source import Ask, Source
 from .stats import Stats
 from .together import NO_MEMORY, Together, fault_of
@@ -38,11 +37,9 @@ class ModelGraphs:
     """The plan and the prepared tensors of one model, kept in step with it.
 
     Attributes:
-        runner: Of the plan in use; ``None`` before the first use and where capture failed.
         weights: All of the weights, in a call in which some rank runs the module itself.
         agreed: Whether all ranks have agreed on what the call in progress takes.
         failure: Why the model runs as the original module, or "".
-        errors: Measured relative error of folding, by adapted place; empty where not measured.
         rows: Where stacked weights lie in one buffer; ``None`` where that was not asked for, or
             the model's memory is not ours to lay out.
     """
@@ -59,18 +56,25 @@ class ModelGraphs:
         self._team = Together(source)
         own = config.share_storage and source.gather is None and not source.joint
         self.rows = SharedRows() if own else None
-        self.runner: PlanRunner | None = None
+        self._sides = Sides(self._plans, source, config, stats, self.rows)
         self.failure = ""
-        self.errors: dict[str, float] = {}
         self.weights: Mapping[str, Tensor] = {}
         self.agreed = False
         self._stamp: Any = None
         self._digest = ""
         self._unmatched = ""
-        self._folding: PlanRunner | None = None
         self._prepared_version: int | None = None
         self._proven: PlanRunner | None = None
-        self._side: frozenset[str] = frozenset()
+
+    @property
+    def runner(self) -> PlanRunner | None:
+        """Of the plan in use; ``None`` before the first use and where capture failed."""
+        return self._sides.runner
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Measured relative error of folding, by adapted place; empty where not measured."""
+        return self._sides.errors
 
     def begin(self) -> None:
         """A call begins: where sharded, all ranks will agree once on what it takes."""
@@ -109,7 +113,7 @@ class ModelGraphs:
             InputError: where ranks that generate together were asked for different things.
         """
         # A caller's autocast must enter neither the graphs nor what is prepared from the weights.
-        with torch.no_grad(), torch.autocast(self._device().type, enabled=False):
+        with torch.no_grad(), torch.autocast(device_of(self._model).type, enabled=False):
             self._follow(whole)
         if reason := self.failure or self._unmatched:
             self._refuse_if_strict(reason)
@@ -149,9 +153,9 @@ class ModelGraphs:
 
     def _contract(self) -> str:
         """What decides which weights are gathered and in which order, and what is computed."""
-        if self._folding is None:
+        if self._sides.folding is None:
             return ""
-        plan = self._folding.plan
+        plan = self._sides.folding.plan
         if self._source.joint:  # each rank has sources of its own
             return self._digest + repr(plan.manifest.weights)
         return plan.sources["prepare"] + repr((plan.manifest.weights, plan.manifest.streamed))
@@ -164,7 +168,7 @@ class ModelGraphs:
         """Find the plan of the model as it stands now."""
         digest = self._plans.read()
         self._prepared_version = None
-        moved = self.runner is not None and self.runner.device != self._device()
+        moved = self.runner is not None and self.runner.device != device_of(self._model)
         if digest == self._digest and not self.failure and not moved:
             return
         self._digest, self.failure, self._unmatched = "", "", ""
@@ -178,8 +182,7 @@ class ModelGraphs:
         if self.rows is not None:
             self.rows.begin()
         try:
-            plan = self._plans.plan()
-            self._folding = self.runner = self._make_runner(plan)
+            plan = self._sides.load()
         except NO_MEMORY:
             raise
         except Exception as error:  # a model that does not compile generates all the same
@@ -197,24 +200,6 @@ class ModelGraphs:
         logger.warning(
             "%s runs as transformers' module: %s", type(self._model).__name__, self.failure
         )
-
-    def _make_runner(self, plan: Plan, side: frozenset[str] = frozenset()) -> PlanRunner:
-        return make_runner(
-            plan,
-            self._source,
-            self._config,
-            self._stats,
-            device=self._device(),
-            limit=self._limit(),
-            rows=self.rows,
-            measures=self._config.lora == "auto" and not side,
-        )
-
-    def _device(self) -> torch.device:
-        return next(iter(self._model.parameters())).device
-
-    def _limit(self) -> int | None:
-        return position_limit(causal_lm(self._model).config)
 
     @property
     def shard(self) -> tuple[int, int]:
@@ -249,8 +234,8 @@ class ModelGraphs:
     def _prepare_proven(self, tensors: dict[str, Tensor], prove: bool) -> object:
         """Prepare; at a plan's first use, prove it before. Returns what is wrong with it."""
         # Where all adapters were folded the last time, a prepare measures what it folds anew.
-        folds = bool(self.errors) and not self._side and not prove
-        wrong = None if folds else self._team.shared(fault_of(lambda: self._choose_side(tensors)))
+        folds = self._sides.all_folded and not prove
+        wrong = None if folds else self._team.shared(fault_of(lambda: self._sides.choose(tensors)))
         needed = self._proven is not self.runner or (prove and self._source.joint)
         needed = prove if self._source.stream is not None else needed  # on all ranks, or on none
         if wrong is None and needed:
@@ -264,53 +249,32 @@ class ModelGraphs:
             with rows.laying_out(tensors, self._tracker.follow) if rows else nullcontext():
                 self.runner.prepare(tensors)
             self._stats.count("prepares")
-            measured = self.runner.errors if folds else self.errors
-            if folds and side_of(measured):
-                self.errors = {}
+            if folds and not self._sides.still_fold():
                 return self._prepare_proven(tensors, prove)
-            self.errors = measured
         return wrong
 
     def _prove(self, tensors: dict[str, Tensor]) -> object:
         """Hold the plan in use against the forward it came from. Returns what is wrong with it."""
         found: list[Verdict] = []
+        limit = limit_of(self._model)
         runner = self.runner
         assert runner is not None
         prover = Prover(self._source, self._plans, self._team, self._stats.timer)
-        wrong = fault_of(lambda: found.append(prover.compare(runner, tensors, self._limit())))
+        wrong = fault_of(lambda: found.append(prover.compare(runner, tensors, limit)))
         if wrong is None and found[0].difference:
             wrong = found[0].difference
         if (wrong := self._team.shared(wrong)) is None and found[0].settled:
             self._proven, runner.rows_apart = runner, found[0].rows_apart
         return wrong
 
-    def _choose_side(self, tensors: dict[str, Tensor]) -> None:
-        assert self._folding is not None
-        assert self.runner is not None
-        if self._config.lora != "auto" or not self._folding.plan.manifest.lora:
-            return
-        errors = self._folding.measure(tensors)
-        side = side_of(errors)
-        if side != self._side:
-            old = self.runner
-            new = self._make_runner(self._plans.plan(side), side) if side else self._folding
-            old.release()
-            self.runner, self._side = new, side
-        self.errors = errors
-
     @property
     def prepare_peak_bytes(self) -> int:
         """An upper bound of the bytes a prepare holds at once, the choice of LoRA included."""
-        if self.runner is None or self._folding is None:
-            return 0
-        measuring = self.runner.prepared.nbytes + self._folding.measure_peak_bytes
-        return max(self.runner.prepare_peak_bytes, measuring if self.errors else 0)
+        return self._sides.prepare_peak_bytes
 
     def release(self) -> None:
         """Give all inference memory back; the next use prepares again."""
-        for runner in (self.runner, self._folding):
-            if runner is not None:
-                runner.release()
+        self._sides.release()
         self._source.release()
         self._prepared_version = None
 
@@ -322,5 +286,5 @@ class ModelGraphs:
 
     def _drop(self) -> None:
         self.release()
-        self.runner = self._folding = self._proven = None
-        self._side, self.errors = frozenset(), {}
+        self._sides.drop()
+        self._proven = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch import nn
 
 from ..config import HybridConfig
+from ..generate import causal_lm, position_limit
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
 from ..runtime.lowering import by_inductor
@@ -16,6 +18,16 @@ from .source import Source
 from .stats import Stats
 
 logger = logging.getLogger("hybrid_fx")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next(iter(model.parameters())).device
+
+
+def limit_of(model: nn.Module) -> int | None:
+    """The maximum positions of a model."""
+    return position_limit(causal_lm(model).config)
 
 
 class _Counted:
@@ -49,24 +61,21 @@ def make_runner(
     config: HybridConfig,
     stats: Stats,
     *,
-    device: torch.device,
-    limit: int | None,
     rows: SharedRows | None,
     measures: bool,
 ) -> PlanRunner:
     """A runner of ``plan``, nothing prepared yet.
 
     Args:
-        device: Where the model is.
-        limit: Its maximum positions.
         rows: Where weights that are stacked lie in one buffer.
         measures: Whether folds measure what rounding takes.
     """
+    device = device_of(source.model)
     return PlanRunner(
         plan,
         device=device,
         lower=by_inductor if config.graph == "inductor" else None,
-        limit=limit,
+        limit=limit_of(source.model),
         max_out_tokens=config.max_out_tokens,
         timer=stats.timer,
         group=source.group,

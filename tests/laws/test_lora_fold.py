@@ -192,7 +192,7 @@ def test_a_fold_measures_itself_as_long_as_all_adapters_fold(
             graphs.ready()
             assert len(measures) == measured, size
             assert engine.stats.counters["prepares"] == prepares, size
-            assert graphs.errors == pytest.approx(measure(graphs._folding, graphs.tensors()))
+            assert graphs.errors == pytest.approx(measure(graphs._sides.folding, graphs.tensors()))
             assert choices(engine) == {"side" if size < 1e-3 else "fold"}
 
 

@@ -260,7 +260,29 @@ GROUPS = (
         "fold_lora",
         "hybrid_fx/engine/sides.py",
         _LAW,
-        (Fault("auto folds whatever rounding takes", "FOLD_LIMIT = 0.05", "FOLD_LIMIT = 5.0"),),
+        (
+            Fault("auto folds whatever rounding takes", "FOLD_LIMIT = 0.05", "FOLD_LIMIT = 5.0"),
+            Fault(
+                "what folded once is folded for ever",
+                "stays = not side_of(measured)",
+                "stays = not side_of({})",
+            ),
+            Fault(
+                "a branch is not measured again",
+                "return bool(self.errors) and not self._side",
+                "return bool(self.errors)",
+            ),
+            Fault(
+                "the stated errors are those of the first weights",
+                "measured = self.runner.errors",
+                "measured = self.errors",
+            ),
+            Fault(
+                "a fold does not measure itself",
+                "self._make(plan, measures=self._auto)",
+                "self._make(plan, measures=False)",
+            ),
+        ),
     ),
     Group(
         "fold_lora",
@@ -268,29 +290,9 @@ GROUPS = (
         _LAW,
         (
             Fault(
-                "what folded once is folded for ever",
-                "if folds and side_of(measured):",
-                "if folds and side_of({}):",
-            ),
-            Fault(
                 "a fold is measured twice",
-                "folds = bool(self.errors) and not self._side and not prove",
+                "folds = self._sides.all_folded and not prove",
                 "folds = False",
-            ),
-            Fault(
-                "a branch is not measured again",
-                "folds = bool(self.errors) and not self._side and not prove",
-                "folds = bool(self.errors) and not prove",
-            ),
-            Fault(
-                "the stated errors are those of the first weights",
-                "measured = self.runner.errors if folds else self.errors",
-                "measured = self.errors",
-            ),
-            Fault(
-                "a fold does not measure itself",
-                'measures=self._config.lora == "auto" and not side,',
-                "measures=False,",
             ),
         ),
     ),
