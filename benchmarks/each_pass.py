@@ -13,9 +13,11 @@ from record import Result, Row
 from shapes import build
 
 import hybrid_fx
+from hybrid_fx.passes.pipeline import OPTIONAL, PACK
 
 REPEAT = 7
-PASSES = ("fuse_rms_norm", "concat_qkv", "concat_gate_up", "fuse_mlp", "fuse_add_norm")
+#: All but those that need adapters or several ranks.
+PASSES = tuple(n for n in (OPTIONAL + PACK).names if n not in ("fold_lora", "shard_tp"))
 _WARM = 6
 Step = Callable[[], None]
 

@@ -12,7 +12,8 @@ from benchmark_modules import loaded, started
 
 TINY = (
     "--shape tiny --dtype float32 --batch 2 --prompt 6 --new 4 --repeat 1 --prompts 2 --samples 2 "
-    "--prompt-tokens 5 --longest 6 --rows-at-once 2 --layers 1 --passes concat_qkv --save"
+    "--prompt-tokens 5 --longest 6 --rows-at-once 2 --layers 1 --passes concat_qkv pack_weights "
+    "--save"
 ).split()
 WORKLOADS = ("decode", "grpo", "switch", "iteration", "passes")
 
