@@ -89,9 +89,13 @@ def refill(kept: Tensor, *weights: Tensor) -> bool:
     first, rows = weights[0], sum(weight.shape[0] for weight in weights)
     fits = kept.is_mkldnn and kept.dtype == first.dtype and kept.shape == (rows, *first.shape[1:])
     fits = fits and all(weight.layout is torch.strided for weight in weights)
+    if not fits:
+        return False
+    if _refilled(kept, weights, _at_once(first)):
+        return True
     # A layout whose blocks of rows do not lie one behind the other is filled in one piece, if that
-    # takes no copy of the stack.
-    return fits and any(_refilled(kept, weights, size) for size in (_at_once(first), rows))
+    # takes no copy: a stack is not tried again.
+    return len(weights) == 1 and _refilled(kept, weights, rows)
 
 
 def _at_once(weight: Tensor) -> int:

@@ -32,8 +32,8 @@ GROUPS = (
             Fault("the bias is dropped", '(x, weight, bias, "none"', '(x, weight, None, "none"'),
             Fault(
                 "any packed weight takes the memory of any other",
-                "fits and any(",
-                "any(",
+                "    if not fits:\n",
+                "    if not rows:\n",
             ),
             Fault(
                 "a weight behind another begins where a block does",
@@ -61,7 +61,12 @@ GROUPS = (
                 "len(other) <= 2 and ",
                 "",
             ),
-            Fault("more is packed at once than is stated", "(_at_once(first), rows)", "(rows,)"),
+            Fault(
+                "more is packed at once than is stated",
+                "_refilled(kept, weights, _at_once(first))",
+                "_refilled(kept, weights, rows)",
+            ),
+            Fault("a stack is tried again", "return len(weights) == 1 and", "return"),
             Fault("double precision is packed in single", " or dtype not in _DTYPES", ""),
         ),
     ),

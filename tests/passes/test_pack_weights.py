@@ -234,6 +234,21 @@ def test_a_layout_in_which_rows_lie_otherwise_is_filled_in_one_piece(
 
 
 @needs_onednn
+def test_a_stack_that_does_not_lie_in_pieces_is_given_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pieces: list[int] = []
+
+    def counted(piece: torch.Tensor) -> torch.Tensor:
+        pieces.append(piece.shape[0])
+        return pack(piece)
+
+    monkeypatch.setattr(packing, "pack", counted)
+    assert not refill(pack(torch.zeros(193, 48)), torch.randn(192, 48), torch.randn(1, 48))
+    assert pieces == [192, 1]
+
+
+@needs_onednn
 def test_a_layout_whose_distances_depend_on_its_rows_is_filled_in_one_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
