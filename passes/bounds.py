@@ -1,7 +1,9 @@
 """A bound on the nodes that one pass creates, so that a pass that loops ends.
 
 ``fx.GraphModule`` has hooks for new nodes; a graph of its own has none, so ``create_node`` of the
-one graph is stood in for while the pass runs.
+one graph is stood in for while the pass runs. A loop that creates no node is not stopped: rules
+over pure operators end by themselves, as each match leaves a node unused that is swept away, and a
+graph is not told of a loop in Python that moves arguments about or does nothing.
 """
 
 from __future__ import annotations

@@ -152,6 +152,20 @@ def test_a_rule_that_matches_what_it_builds_is_stopped() -> None:
         run_passes(_graph(), _pipeline(until_none_is_left), Context())
 
 
+def test_rules_that_undo_each_other_with_the_nodes_there_are_end() -> None:
+    """Nothing is created, so that no bound counts: each match leaves a node unused, which goes."""
+
+    def swap(name: str, other: str) -> Rule:
+        return Rule(Call(name, Value("x")), lambda graph, _: next(iter(calls(graph, other)), None))
+
+    build = Builder()
+    x = build.input("x", 2)
+    graph = build.output(build.call("add", build.call("neg", x), build.call("abs", x)))
+    there = swap("neg", "abs"), swap("abs", "neg")
+    counts = [sum(apply_rule(graph, rule) for rule in there) for _ in range(20)]
+    assert counts == [1, *[0] * 19]
+
+
 def test_the_bound_is_gone_behind_the_pass() -> None:
     graph = _graph()
     run_passes(graph, _pipeline(_scramble), Context())
