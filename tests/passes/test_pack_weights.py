@@ -24,6 +24,18 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
+def lies_in_pieces(dtype: torch.dtype) -> bool:
+    """Whether oneDNN lays some of the rows of such weights out as it does all of them."""
+    return packing._lies_in(*(pack(torch.zeros(rows, 48, dtype=dtype)) for rows in (64, 128)))
+
+
+#: oneDNN 3.10, of torch 2.11, lays float32 weights out by columns.
+needs_pieces = pytest.mark.skipif(
+    not packs(torch.device("cpu"), torch.float32) or not lies_in_pieces(torch.float32),
+    reason="needs a oneDNN that lays float32 weights out in blocks of rows",
+)
+
+
 def packed(kind: str, **options: object) -> fx.Graph:
     graph = normalize(capture(tiny(kind, **options)).graph)
     run_passes(graph, PACK, Context())
@@ -181,6 +193,7 @@ def test_packed_memory_is_refilled_where_it_fits() -> None:
 def test_memory_refilled_in_pieces_is_what_packing_the_whole_stack_gives(
     rows: tuple[int, ...], turned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A stack of several whose layout has no pieces is refused, and packed anew by the caller."""
     rng = torch.Generator().manual_seed(0)
     weights = [torch.randn(n, 48, generator=rng).to(dtype) for n in rows]
     wanted = pack(torch.cat(weights))
@@ -190,12 +203,15 @@ def test_memory_refilled_in_pieces_is_what_packing_the_whole_stack_gives(
         monkeypatch.setattr(packing, "_AT_ONCE", elements)
         kept = pack(torch.zeros(sum(rows), 48, dtype=dtype))
         address = torch.ops.mkldnn.data_ptr(kept)
-        assert refill(kept, *weights)
+        done = refill(kept, *weights)
+        assert done == (lies_in_pieces(dtype) or len(rows) == 1)
+        if not done:
+            continue
         assert torch.ops.mkldnn.data_ptr(kept) == address
         assert memory_of(kept) == memory_of(wanted)
 
 
-@needs_onednn
+@needs_pieces
 def test_a_refill_packs_no_more_at_once_than_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
@@ -214,7 +230,7 @@ def test_a_refill_packs_no_more_at_once_than_it_states(monkeypatch: pytest.Monke
     assert packing.piece_bytes((17, 48), torch.float32) == 2 * most_bytes((17, 48), torch.float32)
 
 
-@needs_onednn
+@needs_pieces
 def test_a_layout_in_which_rows_lie_otherwise_is_filled_in_one_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -233,7 +249,7 @@ def test_a_layout_in_which_rows_lie_otherwise_is_filled_in_one_piece(
     assert memory_of(kept) == memory_of(pack(weight))
 
 
-@needs_onednn
+@needs_pieces
 def test_a_stack_that_does_not_lie_in_pieces_is_given_up_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
