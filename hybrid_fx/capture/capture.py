@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError
 from ..passes.graph import sweep
 from ..passes.operators import OPERATORS
+from .cache_windows import check_windows
 from .dynamo import Trace, trace
 from .grad_hooks import without_gradient_hooks
 from .peft_seam import traceable_adapters
@@ -128,6 +129,7 @@ def capture(model: nn.Module, *, training: bool = False) -> Captured:
     for name in inputs:
         if not any(n.meta.get("input") == name for n in graph.nodes):
             raise CaptureError(f"the forward does not read {name}")
+    check_windows(graph, model)
     return Captured(graph, training)
 
 
@@ -149,7 +151,7 @@ def capture_call(model: nn.Module, given: Mapping[str, torch.dtype]) -> Captured
     inputs = _inputs(model, given)
     # Under grad Dynamo drops or refuses what a hook says with requires_grad_().
     hooked = any(module._forward_hooks for module in model.modules())
-    with torch.set_grad_enabled(not hooked), canonical_attention(model, masks=True):
+    with torch.set_grad_enabled(not hooked), canonical_attention(model):
         with traceable_adapters(model):
             traced = _trace(model, inputs)
     return Captured(_bind(traced, model, inputs), True)

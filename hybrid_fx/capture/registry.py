@@ -8,6 +8,7 @@ transformers 5.17 and 5.23.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,11 @@ from ..errors import CaptureError
 
 _NAME = "hybrid_fx_capture"
 
-#: What stands for a mask while a training forward is traced, by the kind of mask.
-_CAUSAL, _WINDOW = "a causal mask", "a causal mask with a window"
+#: What stands for a mask while a forward is traced; behind the second, the size of its window.
+_CAUSAL, _WINDOW = "a causal mask", "a causal mask with a window of "
+
+#: Implementations whose window is the mask's, whatever window they are told.
+_BY_MASK = (None, "eager", "sdpa")
 
 #: What attention functions may be given that changes what they compute, and the op does not carry.
 _UNKNOWN = ("position_bias", "head_mask", "layer_head_mask", "indices", "block_indices", "sinks")
@@ -33,6 +37,8 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | str | None,
+    *,
+    by_mask: bool,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -45,12 +51,13 @@ def _attention(
         if options.get(name) is not None:
             raise CaptureError(f"{type(module).__name__} gives its attention {name}")
     if isinstance(attention_mask, str):
-        if (attention_mask == _WINDOW) != bool(sliding_window):
+        masked = 0 if attention_mask == _CAUSAL else int(attention_mask[len(_WINDOW) :])
+        if masked != (sliding_window or 0) and not by_mask:
             raise CaptureError(
                 f"{type(module).__name__} attends under {attention_mask} and says a window of "
-                f"{sliding_window}; mask and window must belong together"
+                f"{sliding_window}; set_attn_implementation('sdpa'), which reads the mask alone"
             )
-        attention_mask = None
+        attention_mask, sliding_window = None, masked
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is not None or not causal:
         raise CaptureError(
@@ -64,18 +71,14 @@ def _attention(
     return out, None
 
 
-def _mask(*_: Any, **options: Any) -> None:
-    if options.get("local_size") and options.get("chunked"):
-        raise CaptureError("chunked attention is not rewritten yet")
-    return None
-
-
 def _kind_of_mask(*_: Any, **options: Any) -> str:
-    """The kind of a mask in its place: each attention says by it which one it is given."""
-    _mask(**options)
+    """The kind of a mask in its place: each attention is known by it."""
+    size = options.get("local_size")
+    if size and options.get("chunked"):
+        raise CaptureError("chunked attention is not rewritten yet")
     if options.get("use_vmap"):
         raise CaptureError("its masks are put together with functions of its own")
-    return _WINDOW if options.get("local_size") else _CAUSAL
+    return f"{_WINDOW}{size}" if size else _CAUSAL
 
 
 def _refuse_own_attention(name: str | None) -> None:
@@ -100,20 +103,21 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def canonical_attention(model: nn.Module, *, masks: bool = False) -> Iterator[None]:
+def canonical_attention(model: nn.Module) -> Iterator[None]:
     """Let ``model`` call the canonical attention op inside the ``with`` block.
 
-    Args:
-        masks: Also hold the kind of mask that each attention is given against its window: where
-            masks are to be built beside the graph, one of them must tell the other.
+    Its window is that of the mask which it is given: what a model says to its attention beside a
+    mask may be another one, and only some implementations listen to it.
     """
     configs = _configs(model)
     before = [config._attn_implementation_internal for config in configs]
     for name in before:
         _refuse_own_attention(name)
     try:
-        ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _attention
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _kind_of_mask if masks else _mask
+        by_mask = all(name in _BY_MASK for name in before)
+        entry = functools.partial(_attention, by_mask=by_mask)
+        ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME] = entry
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _kind_of_mask
         for config in configs:
             config._attn_implementation_internal = _NAME
         yield

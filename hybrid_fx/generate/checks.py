@@ -37,6 +37,8 @@ def position_limit(config: Any) -> int | None:
     text = config.get_text_config(decoder=True)
     limit: int | None = getattr(text, "max_position_embeddings", None)
     limit = getattr(text, "n_positions", None) if limit is None else limit
+    if limit is not None and limit < 1:
+        return None  # XLNet says -1 for a length without end
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     if not isinstance(rope, dict) or limit is None:
         return limit

@@ -27,6 +27,7 @@ prefilled once on the routes FAST and HF_LOOP.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -107,6 +108,11 @@ def _inputs(r: Request) -> str | None:
 
 def _positions(r: Request) -> str | None:
     positions = r.model_kwargs.get("position_ids")
+    # HF's generate reads the signature too: such a forward counts columns, padding included.
+    if "position_ids" not in inspect.signature(r.causal.forward).parameters and (
+        positions is not None or r.mask is None or not bool(r.mask.all())
+    ):
+        return f"the forward of {type(r.causal).__name__} names no position_ids"
     if positions is None or (isinstance(positions, Tensor) and positions.dim() == 2):
         return None
     return "position_ids that are no [B, T] tensor"

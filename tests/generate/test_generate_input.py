@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from generate.same_as_hf import is_fast, new_model, prompt, run, same_as_hf, shared_model
-from transformers import BatchEncoding, LlamaConfig
+from transformers import BatchEncoding, LlamaConfig, XLNetConfig
 
 from hybrid_fx.errors import InputError
 from hybrid_fx.generate import position_limit
@@ -119,3 +119,7 @@ def test_resized_embeddings_move_the_vocabulary() -> None:
 def test_scaled_rope_moves_the_limit(rope: dict[str, Any], limit: int | None) -> None:
     config = LlamaConfig(max_position_embeddings=100, rope_parameters={**rope, "rope_theta": 1e4})
     assert position_limit(config) == limit
+
+
+def test_a_length_without_end_is_no_limit() -> None:
+    assert position_limit(XLNetConfig(d_model=32, n_head=4)) is None

@@ -6,6 +6,7 @@ from mutant import Fault, Group
 
 _SESSIONS = ("tests/runtime/test_sessions.py",)
 
+_WINDOWS = "tests/laws/test_windows_followed.py"
 _RELEASED = ("tests/laws/test_memory_released.py",)
 
 GROUPS = (
@@ -19,6 +20,21 @@ GROUPS = (
         ),
         (
             Fault("the window is lost", "sliding_window or 0, softcap", "0, softcap"),
+            Fault(
+                "the window is the one that an attention says",
+                "attention_mask, sliding_window = None, masked",
+                "attention_mask = None",
+                (f"{_WINDOWS}::test_the_window_is_that_of_the_mask",),
+            ),
+            Fault(
+                "whoever listens to an attention is not asked",
+                "and not by_mask",
+                "and False",
+                (
+                    f"{_WINDOWS}::test_an_implementation_that_listens_to_an_attention_must_hear_the_"
+                    "window_of_the_mask",
+                ),
+            ),
             Fault(
                 "the scale is that of another head size",
                 "query.shape[-1] ** -0.5 if scaling is None else float(scaling)",
@@ -35,6 +51,24 @@ GROUPS = (
                 "        for config, name in zip(configs, before, strict=True):\n",
                 "        for config, name in zip(configs[1:], before[1:], strict=True):\n",
                 ("tests/capture/test_registries.py",),
+            ),
+        ),
+    ),
+    Group(
+        "windows of the cache",
+        "hybrid_fx/capture/cache_windows.py",
+        (_WINDOWS,),
+        (Fault("what the cache forgets is not looked at", "if size and not", "if False and not"),),
+    ),
+    Group(
+        "positions of a forward",
+        "hybrid_fx/generate/routes.py",
+        (f"{_WINDOWS}::test_a_forward_that_names_no_positions_counts_columns",),
+        (
+            Fault(
+                "positions skip padding all the same",
+                'if "position_ids" not in inspect',
+                'if False and "position_ids" not in inspect',
             ),
         ),
     ),
