@@ -16,7 +16,7 @@ from .roles import find_role
 def _kind(found: Match) -> str | None:
     """The activation in the match: silu, relu, gelu or gelu_tanh."""
     names = {name_of(node) for node in found.nodes}
-    if "tanh" in names:
+    if "tanh" in names or any("tanh" in node.kwargs.values() for node in found.nodes):
         return "gelu_tanh"
     return next((kind for kind in ("silu", "relu", "gelu") if kind in names), None)
 

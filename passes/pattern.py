@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import permutations
+from types import MappingProxyType
 from typing import Any as Value
 
 from torch import fx
@@ -59,8 +60,9 @@ class Const(Pattern):
 class Call(Pattern):
     """A call of ``operator`` (or one of several) whose leading arguments match ``args``.
 
-    Arguments beyond ``args`` must be absent or ``None``, unless ``more`` is set. ``users`` is the
-    exact number of users, where it matters.
+    Arguments beyond ``args`` and ``named`` must be absent or ``None``, unless ``more`` is set.
+    ``named`` are plain values given by name, ``users`` is the exact number of users, where it
+    matters.
     """
 
     operators: tuple[str, ...]
@@ -69,6 +71,7 @@ class Call(Pattern):
     commutes: bool
     more: bool
     users: int | None
+    named: tuple[tuple[str, Value], ...]
 
     def __init__(
         self,
@@ -78,15 +81,17 @@ class Call(Pattern):
         commutes: bool = False,
         more: bool = False,
         users: int | None = None,
+        named: Mapping[str, Value] = MappingProxyType({}),
     ) -> None:
         names = (operator,) if isinstance(operator, str) else operator
-        values = (names, args, name, commutes, more, users)
+        values = (names, args, name, commutes, more, users, tuple(named.items()))
         for entry, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, entry.name, value)
 
     def describe(self) -> str:
         users = "" if self.users is None else f" and {self.users} users"
-        return " or ".join(self.operators) + f" with {len(self.args)} arguments{users}"
+        named = "".join(f", {name}={value!r}" for name, value in self.named)
+        return " or ".join(self.operators) + f" with {len(self.args)} arguments{named}{users}"
 
 
 @dataclass(frozen=True, init=False)
@@ -253,9 +258,14 @@ def _try_call(
     if right and pattern.users is not None:
         right = len(value.users) == pattern.users
     if right:
-        surplus = (*value.args[len(pattern.args) :], *value.kwargs.values())
+        named = dict(pattern.named)
+        others = (extra for key, extra in value.kwargs.items() if key not in named)
+        surplus = (*value.args[len(pattern.args) :], *others)
         right = len(value.args) >= len(pattern.args) and (
             pattern.more or all(extra is None for extra in surplus)
+        )
+        right = right and all(
+            _equal(value.kwargs.get(key, ...), given) for key, given in named.items()
         )
     if not right or taken is None:
         search.fail(len(nodes), at, pattern, value)

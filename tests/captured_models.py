@@ -24,16 +24,12 @@ _PLAIN = {
 
 
 def decoder(kind: str, **changes: Any) -> Any:
-    """A tiny decoder: those of :mod:`tiny_models`, GPT-NeoX and Gemma-3."""
-    if kind not in ("neox", "gemma3"):
+    """A tiny decoder: those of :mod:`tiny_models` and Gemma-3."""
+    if kind != "gemma3":
         return tiny(kind, **changes)
-    if kind == "neox":
-        fields = {**_PLAIN, "num_hidden_layers": 2, **changes}
-        model: Any = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**fields))
-    else:
-        fields = {**_PLAIN, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
-        config = transformers.Gemma3TextConfig(**{**fields, "num_hidden_layers": 6, **changes})
-        model = transformers.Gemma3ForCausalLM(config)
+    fields = {**_PLAIN, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+    config = transformers.Gemma3TextConfig(**{**fields, "num_hidden_layers": 6, **changes})
+    model: Any = transformers.Gemma3ForCausalLM(config)
     reweigh(model, 0)
     return model.eval()
 

@@ -25,6 +25,7 @@ _GATED = {
     "num_key_value_heads": 2,
     "max_position_embeddings": POSITIONS,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _OPT = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -44,9 +45,16 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {**_GATED, "sliding_window": 4}),
     "qwen3": ("Qwen3", {**_GATED, "head_dim": 8}),
     "phi3": ("Phi3", _GATED),
+    "gemma2": ("Gemma2", {**_GATED, "head_dim": 8, "sliding_window": 4}),
+    "olmo2": ("Olmo2", _GATED),
+    "stablelm": ("StableLm", {**_GATED, "use_qkv_bias": True}),
+    "starcoder2": ("Starcoder2", _GATED),
+    "neox": ("GPTNeoX", {k: v for k, v in _GATED.items() if k != "num_key_value_heads"}),
+    "qwen2moe": ("Qwen2Moe", {**_GATED, **_EXPERTS, "shared_expert_intermediate_size": 24}),
+    "qwen3moe": ("Qwen3Moe", {**_GATED, **_EXPERTS, "head_dim": 8}),
     "bloom": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4}),
 }
-#: The four families the policies are written for, OPT in both its shapes.
+#: Four families that stand for the others, OPT in both its shapes.
 FAMILIES = ("llama", "qwen2", "gpt2", "opt", "opt350")
 
 _LAYERS = {"gpt2": "n_layer", "bloom": "n_layer"}

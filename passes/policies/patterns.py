@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..pattern import Any, Call, Const, Either, Opt
+from ..pattern import Any, Call, Const, Either, Opt, Pattern
 
 _X = Any("x", node=True)
 
@@ -75,10 +75,10 @@ GELU_TANH = Call(
 )
 
 
-def activation(kind: str) -> Call:
+def activation(kind: str) -> Pattern:
     """The activation ``kind`` of the value ``a``."""
     if kind == "gelu_tanh":
-        return GELU_TANH
+        return Either(Call("gelu", Any("a", node=True), named={"approximate": "tanh"}), GELU_TANH)
     return Call(kind, Any("a", node=True))
 
 
@@ -91,3 +91,7 @@ def gated_mlp(kind: str) -> Call:
     """``down(act(gate) * up)`` with ``a`` bound to gate and ``up`` to up."""
     product = Call("mul", activation(kind), Any("up", node=True), commutes=True)
     return Call("linear", product, Any("down"), Any("down_bias"))
+
+
+#: A product of each token with the matrix of its expert; transformers has two ways to write it.
+EXPERTS = Call(("grouped_mm", "bmm"), more=True)

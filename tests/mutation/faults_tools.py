@@ -56,6 +56,11 @@ GROUPS = (
                 "True",
             ),
             Fault(
+                "what is given by name may be another value",
+                "_equal(value.kwargs.get(key, ...), given)",
+                "key in value.kwargs",
+            ),
+            Fault(
                 "other users are overlooked",
                 "right = len(value.users) == pattern.users",
                 "right = True",

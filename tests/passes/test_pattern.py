@@ -121,6 +121,19 @@ def test_surplus_arguments_must_be_none_unless_more_is_said() -> None:
     assert not match(Call("softmax", Any(), Any()), wide)
 
 
+def test_a_value_given_by_name_must_be_there_and_be_that_value() -> None:
+    build, x, _ = _two()
+    pattern = Call("gelu", Any("a"), named={"approximate": "tanh"})
+    assert match(pattern, build.call("gelu", x, approximate="tanh"))
+    exact = build.call("gelu", x, approximate="none")
+    for other in (exact, build.call("gelu", x)):
+        found = match(pattern, other)
+        assert not found
+        assert isinstance(found, NoMatch)
+        assert found.expected == "gelu with 1 arguments, approximate='tanh'"
+    assert not match(Call("gelu", Any("a")), exact), "by name is surplus too"
+
+
 def test_a_call_with_fewer_arguments_than_the_pattern_does_not_match() -> None:
     build, x, _ = _two()
     w = build.weight("w", 4, 3)

@@ -33,6 +33,12 @@ FITS = {
     "mistral": "llama",
     "qwen3": "llama",
     "phi3": "phi3",
+    "gemma2": "gemma",
+    "olmo2": "olmo2",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+    "qwen2moe": "mixture",
+    "qwen3moe": "mixture",
 }
 
 
