@@ -25,10 +25,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         # The very same operators, in one call; other devices have a kernel that sums differently.
         normed = F.rms_norm(x, x.shape[-1:], None, eps)
     else:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        normed = wide.to(x.dtype)
+        normed = _normed(x, eps)
     return normed * (weight + offset) if offset else normed * weight
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ given back. So the collector is off around what is measured.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hybrid_fx.passes.packing import packed_bytes
+from hybrid_fx.passes.packing import pack, packed_bytes, packs
 
 
 def live_bytes() -> int:
@@ -56,3 +57,19 @@ def without_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def packed_memory(weight: Tensor) -> bytes:
+    """What a packed weight holds."""
+    return ctypes.string_at(torch.ops.mkldnn.data_ptr(weight), packed_bytes(weight))
+
+
+def lies_in_pieces(dtype: torch.dtype) -> bool:
+    """Whether the rows of a packed weight lie as they do where some of them are packed alone.
+
+    Those of float32 do not in oneDNN 3.10, of torch 2.11: it lays them out by columns.
+    """
+    if not packs(torch.device("cpu"), dtype):
+        return False
+    weight = torch.arange(128 * 48).view(128, 48).to(dtype)
+    return packed_memory(pack(weight)).startswith(packed_memory(pack(weight[:64])))

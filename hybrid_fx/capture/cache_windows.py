@@ -29,7 +29,11 @@ def check_windows(graph: fx.Graph, model: nn.Module) -> None:
         for node in graph.nodes
         if getattr(node.target, "overloadpacket", node.target) is torch.ops.hybrid_fx.attention
     ]
-    kept = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception as error:  # of a config that it does not know: generate makes the same cache
+        raise CaptureError(f"transformers makes no cache for it: {error!r}") from error
+    kept = [getattr(layer, "sliding_window", None) for layer in layers]
     if len(seen) != len(kept):
         return  # layers that share one cache, or keep something else in it
     for index, (window, size) in enumerate(zip(seen, kept, strict=True)):

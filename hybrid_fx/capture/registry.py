@@ -58,6 +58,8 @@ def _attention(
                 f"{sliding_window}; set_attn_implementation('sdpa'), which reads the mask alone"
             )
         attention_mask, sliding_window = None, masked
+    elif attention_mask is None and by_mask:
+        sliding_window = None  # nothing hides a column but the order
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is not None or not causal:
         raise CaptureError(

@@ -4,7 +4,7 @@ from ..roles import LayerMatch, Policy, Role, find_role, match_layer
 from .gemma import GEMMA
 from .gpt2 import GPT2
 from .llama import LLAMA
-from .mixture import MIXTURE
+from .mixture import MIXTURE, MIXTURE_SHARED
 from .olmo2 import OLMO2
 from .opt import OPT
 from .phi3 import PHI3
@@ -16,14 +16,15 @@ from .starcoder2 import STARCODER2
 POLICIES: tuple[Policy, ...] = (
     QWEN2,
     LLAMA,
+    MIXTURE_SHARED,
     MIXTURE,
     PHI3,
+    GPT2,
+    OPT,
     GEMMA,
     OLMO2,
     STABLELM,
     STARCODER2,
-    GPT2,
-    OPT,
 )
 
 __all__ = ["POLICIES", "LayerMatch", "Policy", "Role", "find_role", "match_layer"]

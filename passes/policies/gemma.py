@@ -3,7 +3,6 @@ the later ones stand behind each half too."""
 
 from dataclasses import replace
 
-from ..roles import Role
 from .llama import LLAMA
 from .patterns import gated_mlp
 
@@ -11,7 +10,7 @@ GEMMA = replace(
     LLAMA,
     name="gemma",
     roles=tuple(
-        Role(name="mlp", pattern=gated_mlp("gelu_tanh"), at=role.at) if role.name == "mlp" else role
+        replace(role, pattern=gated_mlp("gelu_tanh")) if role.name == "mlp" else role
         for role in LLAMA.roles
     ),
 )

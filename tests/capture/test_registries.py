@@ -13,7 +13,7 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hybrid_fx.capture import capture
+from hybrid_fx.capture import capture, registry
 from hybrid_fx.capture.registry import canonical_attention
 from hybrid_fx.errors import CaptureError
 
@@ -126,3 +126,14 @@ def test_attention_that_is_given_a_bias_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention, "forward", biased)
     with pytest.raises(CaptureError, match="gives its attention position_bias"):
         capture(model)
+
+
+@pytest.mark.parametrize("by_mask", [True, False])
+def test_without_a_mask_a_window_counts_where_the_implementation_listens(by_mask: bool) -> None:
+    """SDPA and eager attention never look at the window that they are told."""
+    query, key, value = (torch.randn(1, 2, 9, 4) for _ in range(3))
+    given = {"scaling": 0.5, "sliding_window": 3, "by_mask": by_mask}
+    got, _ = registry._attention(nn.Module(), query, key, value, None, **given)
+    window = 0 if by_mask else 3
+    assert torch.equal(got, torch.ops.hybrid_fx.attention(query, key, value, 0.5, window))
+    assert not torch.equal(got, torch.ops.hybrid_fx.attention(query, key, value, 0.5, 3 - window))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
-from tiny_models import KINDS, reweigh, tiny
+from tiny_models import tiny
 from torch import fx, nn
 
 import hybrid_fx
@@ -37,13 +36,7 @@ def family(kind: str) -> Any:
     """A tiny model of :data:`KINDS`, or with a softcap and windows in every second layer."""
     if kind != "gemma2":
         return tiny(kind)
-    config = transformers.Gemma2Config(
-        **KINDS["llama"][1], head_dim=8, sliding_window=4, num_hidden_layers=2, eos_token_id=None
-    )
-    config.attn_logit_softcapping, config.final_logit_softcapping = 5.0, 3.0
-    model = transformers.Gemma2ForCausalLM(config).eval()
-    reweigh(model, 0)
-    return model
+    return tiny(kind, attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
 
 
 def _looks(graph: fx.Graph, context: Context) -> PassResult:

@@ -90,5 +90,7 @@ def test_a_forward_that_names_no_positions_counts_columns(lengths: tuple[int, ..
     engine = hybrid_fx.hybridize(model, disk_cache=False)
     for call in ({}, {"num_beams": 2}):
         same_tokens(engine, **prompt(lengths), max_new_tokens=8, do_sample=False, **call)
+    whole = prompt((6, 6))["input_ids"]
+    same_tokens(engine, input_ids=whole, max_new_tokens=8, do_sample=False)  # without a mask
     reasons = [r for r in engine.stats.fallbacks if "names no position_ids" in r]
     assert len(reasons) == (1 if len(set(lengths)) > 1 else 0)

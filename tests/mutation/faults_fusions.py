@@ -39,6 +39,12 @@ GROUPS = (
                 "F.rms_norm(x.float(), x.shape[-1:]",
             ),
             Fault("the cast to float32 is missing", "wide = x.float()", "wide = x"),
+            Fault("elsewhere over the tokens", "wide.pow(2).mean(-1,", "wide.pow(2).mean(-2,"),
+            Fault(
+                "elsewhere rounding comes behind the weight",
+                "keepdim=True) + eps)).to(x.dtype)",
+                "keepdim=True) + eps))",
+            ),
             Fault(
                 "double precision is kept", 'x.device.type == "cpu" and x.dtype', "True or x.dtype"
             ),

@@ -57,6 +57,11 @@ GROUPS = (
                 "return True",
             ),
             Fault(
+                "no rows are known to lie in pieces",
+                "return len(other) <= 2 and set(other) <= {rows, filled}",
+                "return False",
+            ),
+            Fault(
                 "a layout in which distances depend on the rows is filled in pieces",
                 "len(other) <= 2 and ",
                 "",

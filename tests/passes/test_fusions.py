@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from captured_models import canonical, model_of
 from policy_graphs import described, layers_of, logits, through, weights
 from small_graphs import Builder, count, far, run, same, text, values
 from torch import fx
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from hybrid_fx.passes import kernels
 from hybrid_fx.passes.concat import concat_qkv
 from hybrid_fx.passes.contract import Context
 from hybrid_fx.passes.fuse_norm import fuse_add_norm, fuse_rms_norm
 from hybrid_fx.passes.graph import calls
-from hybrid_fx.passes.kernels import rms_norm
 from hybrid_fx.passes.policies import POLICIES
 from hybrid_fx.passes.roles import LayerMatch
 from hybrid_fx.passes.spec import check_graph
@@ -63,14 +64,25 @@ def test_it_declines_where_no_layer_is_described(name: str) -> None:
     assert sorted(text(graph).split("\n")) == sorted(before.split("\n"))
 
 
+@pytest.mark.parametrize("device", ["cpu", "another"])
 @pytest.mark.parametrize("dtype", [F32, F16, torch.bfloat16, F64])
-def test_the_rms_norm_operator_has_the_bits_of_the_module(dtype: torch.dtype) -> None:
+def test_the_rms_norm_operator_has_the_bits_of_the_module(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients too; as it is on a CPU, and as on other devices."""
+    if device == "another":
+        monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: kernels._normed(x, eps))
     for size, eps in ((1, 1e-6), (33, 1e-5), (896, 0.3)):
         norm = LlamaRMSNorm(size, eps).to(dtype)
         torch.nn.init.normal_(norm.weight)
-        x = torch.randn(2, 3, size, dtype=dtype)
-        assert torch.equal(rms_norm(x, norm.weight, eps), norm(x))
-        assert torch.equal(rms_norm(x[:, :1], norm.weight, eps), norm(x[:, :1]))
+        x = torch.randn(2, 3, size, dtype=dtype, requires_grad=True)
+        kept = [norm.weight, x]
+        for part in (x, x[:, :1]):
+            got, wanted = kernels.rms_norm(part, norm.weight, eps), norm(part)
+            assert torch.equal(got, wanted)
+            seed = torch.randn_like(wanted)
+            grads = (torch.autograd.grad(y, kept, seed, retain_graph=True) for y in (got, wanted))
+            assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def _norm(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
+from memory_ledger import lies_in_pieces, packed_memory
 from tiny_models import VOCAB, tiny
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,15 +23,9 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
-def lies_in_pieces(dtype: torch.dtype) -> bool:
-    """Whether oneDNN lays some of the rows of such weights out as it does all of them."""
-    return packing._lies_in(*(pack(torch.zeros(rows, 48, dtype=dtype)) for rows in (64, 128)))
-
-
-#: oneDNN 3.10, of torch 2.11, lays float32 weights out by columns.
 needs_pieces = pytest.mark.skipif(
-    not packs(torch.device("cpu"), torch.float32) or not lies_in_pieces(torch.float32),
-    reason="needs a oneDNN that lays float32 weights out in blocks of rows",
+    not lies_in_pieces(torch.float32),
+    reason="needs a oneDNN that lays float32 weights out in blocks of rows, as torch 2.13's does",
 )
 
 
@@ -162,10 +155,6 @@ def test_bfloat16_stays_as_it_is_where_the_processor_lacks_it(
     assert pack(weight.float()).is_mkldnn
 
 
-def memory_of(weight: torch.Tensor) -> bytes:
-    return ctypes.string_at(torch.ops.mkldnn.data_ptr(weight), packed_bytes(weight))
-
-
 @needs_onednn
 def test_packed_memory_is_refilled_where_it_fits() -> None:
     kept, new = pack(torch.zeros(32, 16)), torch.ones(32, 16)
@@ -208,7 +197,7 @@ def test_memory_refilled_in_pieces_is_what_packing_the_whole_stack_gives(
         if not done:
             continue
         assert torch.ops.mkldnn.data_ptr(kept) == address
-        assert memory_of(kept) == memory_of(wanted)
+        assert packed_memory(kept) == packed_memory(wanted)
 
 
 @needs_pieces
@@ -246,7 +235,7 @@ def test_a_layout_in_which_rows_lie_otherwise_is_filled_in_one_piece(
     kept = pack(torch.zeros(129, 48))
     assert refill(kept, weight)
     assert pieces == [128, 1, 129]
-    assert memory_of(kept) == memory_of(pack(weight))
+    assert packed_memory(kept) == packed_memory(pack(weight))
 
 
 @needs_pieces

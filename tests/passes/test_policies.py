@@ -37,7 +37,7 @@ FITS = {
     "olmo2": "olmo2",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
-    "qwen2moe": "mixture",
+    "qwen2moe": "mixture_shared",
     "qwen3moe": "mixture",
 }
 
