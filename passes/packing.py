@@ -120,14 +120,27 @@ def _refilled(kept: Tensor, weights: Sequence[Tensor], size: int) -> bool:
 
 
 def _pieces(weights: Sequence[Tensor], size: int) -> Iterator[Tensor]:
-    """The rows of a stack, ``size`` at once; a piece begins where a block does."""
+    """The rows of a stack, at most ``size`` at once; a piece begins where a block does.
+
+    Rows are copied only where a piece has those of several weights.
+    """
     group: list[Tensor] = []
-    for number, weight in enumerate(weights, 1):
-        group.append(weight)
-        if number == len(weights) or sum(one.shape[0] for one in group) % _BLOCK == 0:
-            stack = group[0] if len(group) == 1 else torch.cat(group, 0)
-            yield from stack.split(size)
-            group = []
+    count = 0
+    for weight in weights:
+        while weight.shape[0]:
+            room = size - count
+            group.append(weight[:room])
+            count += group[-1].shape[0]
+            weight = weight[room:]
+            if count % _BLOCK == 0:
+                yield _stacked(group)
+                group, count = [], 0
+    if group:
+        yield _stacked(group)
+
+
+def _stacked(group: Sequence[Tensor]) -> Tensor:
+    return group[0] if len(group) == 1 else torch.cat(tuple(group), 0)
 
 
 def _lies_in(piece: Tensor, whole: Tensor) -> bool:

@@ -169,6 +169,7 @@ GROUPS = (
                 "gate and up swap places",
                 'return _join_roles(graph, context, ("gate", "up"))',
                 'return _join_roles(graph, context, ("up", "gate"))',
+                _MLP,
             ),
         ),
     ),

@@ -142,7 +142,6 @@ GROUPS = (
                 "a weight is folded across its memory",
                 "if weight.stride(0) >= weight.stride(1):",
                 "if weight.stride(0) >= 0:",
-                equivalent="slower, and its result lies in memory as the weight does all the same",
             ),
             Fault(
                 "DoRA's magnitude scales columns where the weight is transposed",

@@ -37,14 +37,15 @@ GROUPS = (
             ),
             Fault(
                 "a weight behind another begins where a block does",
-                "sum(one.shape[0] for one in group) % _BLOCK == 0",
+                "count % _BLOCK == 0",
                 "True",
             ),
             Fault(
                 "the first weight of a stack is packed alone",
-                "yield from stack",
-                "yield from group[0]",
+                "                yield _stacked(group)\n",
+                "                yield group[0]\n",
             ),
+            Fault("a piece takes a whole weight", "room = size - count", "room = len(weight)"),
             Fault(
                 "a packed weight is cut into rows",
                 "fits = fits and all(weight",

@@ -210,7 +210,7 @@ def test_a_refill_packs_no_more_at_once_than_it_states(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(packing, "pack", counted)
     monkeypatch.setattr(packing, "_AT_ONCE", 128 * 48)
-    weights = torch.randn(1000, 48), torch.randn(24, 48)
+    weights = torch.randn(499, 48), torch.randn(501, 48), torch.randn(24, 48)
     kept = pack(torch.zeros(1024, 48))
     assert refill(kept, *weights)
     assert len(made) == 8
@@ -278,7 +278,7 @@ def test_a_layout_whose_distances_depend_on_its_rows_is_filled_in_one_piece(
 @needs_onednn
 def test_a_refill_with_a_weight_that_is_not_packed_says_no() -> None:
     kept = pack(torch.ones(64, 48))
-    assert not refill(kept, torch.ones(0, 48), torch.ones(64, 48))
+    assert refill(kept, torch.ones(0, 48), torch.ones(64, 48)), "of no rows nothing is laid out"
     assert not refill(
         kept, torch.ones(32, 48), torch.nn.Buffer(torch.ones(32, 48)).as_subclass(Odd)
     )
