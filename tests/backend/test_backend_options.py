@@ -140,5 +140,5 @@ def test_the_log_has_a_line_for_each_graph_and_one_for_each_miss(
     ours = [record for record in caplog.records if record.name == "hybrid_fx"]
     (line,) = (record.message for record in ours if record.levelno == logging.INFO)
     assert line.startswith("inference graph of")
-    assert "0 of 1 layers fit a policy; nothing rewritten" in line
+    assert "0 of 1 layers fit a policy; fuse_add_norm 1; " in line
     assert any("transformer.h.0: mlp at" in record.message for record in ours)
