@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .users import is_record
+
 PLAIN = (bool, int, float, str, bytes, type(None), complex)
 _DEPTH = 8
 # Of a class: what says nothing about how its objects act. At run time Dynamo replaces __init__ and
@@ -219,8 +221,12 @@ class Fingerprints:
             told["class"] = self.whole_class(kind)
         carried = getattr(value, "__dict__", None)
         if isinstance(carried, dict):
-            # One level only: whatever an object points at may point at half of the program.
-            shallow = {k: v for k, v in carried.items() if _is_plain(v) or isinstance(v, _CODE)}
+            # No more: whatever an object points at may point at half of the program.
+            shallow = {
+                k: v
+                for k, v in carried.items()
+                if _is_plain(v) or isinstance(v, _CODE) or is_record(v)
+            }
             told["carries"] = self.value(shallow, depth)
         return told
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import enum
 import operator
 import sys
-from collections.abc import Hashable
-from types import FunctionType, MethodType
+from collections.abc import Hashable, Iterable
+from itertools import islice
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from .fingerprint import class_items
-from .helpers import functions_in, is_by_version
+from .helpers import class_functions, functions_in, used_globals
 from .tree import (
     NOT_CONFIG,
     View,
@@ -25,9 +26,12 @@ from .tree import (
     own_hooks,
     walk,
 )
+from .users import is_by_version, is_record, is_users
 
 _PLAIN = frozenset((bool, int, float, str, bytes, type(None), torch.dtype, torch.device))
 _DEPTH = 3
+_MOST = 1000  # entries of one container that are looked at; more of them are data, and no settings
+_CONTAINERS = (list, tuple, set, frozenset, dict)
 
 
 class Stamp(Hashable):
@@ -123,6 +127,9 @@ class _Look:
             source = None if is_by_version(base.__module__) else sys.modules.get(base.__module__)
             if source is not None:
                 self.space(vars(source))
+                if is_users(base.__module__):
+                    self.plain_values(values)
+                    self.used(vars(source), [f.__code__ for f in class_functions(base)])
 
     def space(self, space: dict[str, Any]) -> None:
         """The functions, classes and constants of one Python module."""
@@ -135,6 +142,24 @@ class _Look:
             elif type(value) in _PLAIN or isinstance(value, type):
                 self.held.append(value)
 
+    def used(self, space: dict[str, Any], codes: list[CodeType]) -> None:
+        """What of the globals of a user's module the code reads and someone may write into."""
+        found = used_globals(space, codes)
+        self.plain += found
+        for value in found.values():
+            if isinstance(value, type):
+                if is_users(value.__module__) and value not in self._classes:
+                    self.one_class(value)
+            elif type(value) in _PLAIN or is_record(value):
+                self.value(value)
+        self.plain_values(found.values())
+
+    def plain_values(self, values: Iterable[Any]) -> None:
+        """The contents of what holds others."""
+        for value in values:
+            if isinstance(value, _CONTAINERS):
+                self.value(value)
+
     def value(self, value: Any, depth: int = 0) -> None:
         """Anything a module or config carries."""
         kind = type(value)
@@ -145,11 +170,11 @@ class _Look:
         elif isinstance(value, list | tuple | set | frozenset):
             # The order of a set holds as long as nobody changes it, or costs one more key.
             self.plain.append(len(value))
-            for item in value if depth < _DEPTH else ():
+            for item in islice(value, _MOST) if depth < _DEPTH else ():
                 self.value(item, depth + 1)
         elif isinstance(value, dict):
             self.plain.append(len(value))
-            for key, item in value.items() if depth < _DEPTH else ():
+            for key, item in islice(value.items(), _MOST) if depth < _DEPTH else ():
                 self.value(key, depth + 1)
                 self.value(item, depth + 1)
         elif isinstance(value, torch.Tensor):
@@ -163,13 +188,19 @@ class _Look:
                 self.code(value)
         else:
             self.held.append(kind)
-            self.carried(value)
+            self.carried(value, depth)
 
-    def carried(self, value: Any) -> None:
-        """The plain values in an object's own ``__dict__``."""
+    def carried(self, value: Any, depth: int = 0) -> None:
+        """The plain values in an object's own ``__dict__``, also in containers and records."""
         for name, item in getattr(value, "__dict__", {}).items():
             if type(item) in _PLAIN:
                 self.plain += (name, item)
+            elif depth < _DEPTH and isinstance(item, _CONTAINERS):
+                self.plain.append(name)
+                self.value(item, depth + 1)
+            elif depth < _DEPTH and is_record(item):
+                self.plain.append(name)
+                self.carried(item, depth + 1)
 
     def code(self, value: Any) -> None:
         """Something to call: itself, and what its functions close over."""
@@ -184,12 +215,15 @@ class _Look:
             self.held += _parts(function)
             for cell in function.__closure__ or ():
                 try:
-                    self.value(cell.cell_contents, _DEPTH)
+                    self.value(cell.cell_contents)
                 except ValueError:  # the variable has no value yet
                     continue
             space = function.__globals__
-            if not is_by_version(str(space.get("__name__", ""))):
+            name = str(space.get("__name__", ""))
+            if not is_by_version(name):
                 self.space(space)
+            if is_users(name):
+                self.used(space, [function.__code__])
 
     def config(self, config: Any) -> None:
         """A model config and the configs inside it."""

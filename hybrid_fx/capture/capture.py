@@ -193,6 +193,7 @@ def _bind(traced: Trace, model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.G
     for node in graph.nodes:
         _place(node, paths)
     _single_output(graph)
+    _refuse_what_is_left_out(traced)
     sweep(graph)
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users and "weight" in node.meta:
@@ -226,6 +227,16 @@ def _place(node: fx.Node, paths: Mapping[int, str]) -> None:
     val = node.meta.get("val", node.meta.get("example_value"))
     node.meta.clear()
     node.meta |= {"path": path, "val": val, **kept}
+
+
+def _refuse_what_is_left_out(traced: Trace) -> None:
+    """A graph does the same at every call, and leaves Python as it is."""
+    if traced.conditions:
+        asked = ", ".join(traced.conditions)
+        raise CaptureError(f"the forward or a hook in it does what it does for some sizes: {asked}")
+    if traced.writes:
+        written = traced.writes[0]
+        raise CaptureError(f"the forward or a hook in it changes a Python object: {written}")
 
 
 def _single_output(graph: fx.Graph) -> None:

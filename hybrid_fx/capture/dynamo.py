@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
+from .assumed import conditions, writes
 from .linear_seam import plain_linear
 
 #: For the time of one trace. Without the first, Dynamo remembers the values an earlier trace of
@@ -34,10 +35,17 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class Trace:
-    """A graph and the values its placeholders stood for, in order."""
+    """A graph and the values its placeholders stood for, in order.
+
+    Attributes:
+        conditions: What must hold of the inputs' sizes, where the code asked.
+        writes: The Python objects that the code changes, which the graph does not.
+    """
 
     module: fx.GraphModule
     arguments: tuple[Any, ...]
+    conditions: tuple[str, ...]
+    writes: tuple[str, ...]
 
 
 def _own_code(function: FunctionType) -> FunctionType:
@@ -72,8 +80,10 @@ def trace(function: Callable[..., Any], *args: Any) -> Trace:
     traces: list[Trace] = []
 
     def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        asked, written = conditions(), writes()
+
         def first_run(*arguments: Any) -> Any:
-            traces.append(Trace(module, arguments))
+            traces.append(Trace(module, arguments, asked, written))
             raise _Stop
 
         return first_run

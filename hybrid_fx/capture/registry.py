@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import CaptureError
 
 _NAME = "hybrid_fx_capture"
+
+#: One entry, under one name: captures of other threads wait.
+_ENTRY = threading.RLock()
 
 #: What stands for a mask while a forward is traced; behind the second, the size of its window.
 _CAUSAL, _WINDOW = "a causal mask", "a causal mask with a window of "
@@ -111,20 +115,21 @@ def canonical_attention(model: nn.Module) -> Iterator[None]:
     Its window is that of the mask which it is given: what a model says to its attention beside a
     mask may be another one, and only some implementations listen to it.
     """
-    configs = _configs(model)
-    before = [config._attn_implementation_internal for config in configs]
-    for name in before:
-        _refuse_own_attention(name)
-    try:
+    with _ENTRY:
+        configs = _configs(model)
+        before = [config._attn_implementation_internal for config in configs]
+        for name in before:
+            _refuse_own_attention(name)
         by_mask = all(name in _BY_MASK for name in before)
         entry = functools.partial(_attention, by_mask=by_mask)
-        ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME] = entry
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _kind_of_mask
-        for config in configs:
-            config._attn_implementation_internal = _NAME
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
-        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
+        try:
+            ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME] = entry
+            ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME] = _kind_of_mask
+            for config in configs:
+                config._attn_implementation_internal = _NAME
+            yield
+        finally:
+            for config, name in zip(configs, before, strict=True):
+                config._attn_implementation_internal = name
+            ALL_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
+            ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)

@@ -7,8 +7,9 @@ from torch import Tensor
 from ..runtime import PlanRunner
 from ..runtime.probe import Verdict, probe
 from ..runtime.session import Timer
+from .own_code import runs_own_code
 from .plans import Plans
-from .proof import Reference, by_graph, by_module, by_walk, telling, told_apart
+from .proof import Reference, by_graph, by_module, by_steps, by_walk, telling, told_apart
 from .source import Source
 from .together import Together
 
@@ -45,9 +46,20 @@ class Prover:
             changed = telling(tensors, [weight.name for weight in runner.plan.manifest.weights])
             weights = tensors | changed
             self._team.all(lambda: runner.prepare(weights))
-            return probe(runner, self._whole(weights, changed), limit)
+            verdict = probe(runner, self._whole(weights, changed), limit)
+            if not verdict.difference and self._tells_steps_apart():
+                steps = by_steps(self._source.runnable(), changed)
+                for rows in (2, 1):
+                    if wrong := probe(runner, steps, limit, rows=rows).difference:
+                        return Verdict(True, wrong)
+            return verdict
         finally:
             runner.workspace.release()
+
+    def _tells_steps_apart(self) -> bool:
+        """Whether a user's code may do something else for a token than for a prompt."""
+        source = self._source
+        return not source.collective and runs_own_code(source.model, source.view)
 
     def _whole(self, weights: dict[str, Tensor], changed: dict[str, Tensor]) -> Reference:
         """The forward on ``weights``, of which ``changed`` are not the model's own."""

@@ -48,27 +48,9 @@ GROUPS = (
             ),
             Fault(
                 "the configured attention does not come back",
-                "        for config, name in zip(configs, before, strict=True):\n",
-                "        for config, name in zip(configs[1:], before[1:], strict=True):\n",
+                "for config, name in zip(configs, before, strict=True):\n",
+                "for config, name in zip(configs[1:], before[1:], strict=True):\n",
                 ("tests/capture/test_registries.py",),
-            ),
-        ),
-    ),
-    Group(
-        "windows of the cache",
-        "hybrid_fx/capture/cache_windows.py",
-        (_WINDOWS,),
-        (Fault("what the cache forgets is not looked at", "if size and not", "if False and not"),),
-    ),
-    Group(
-        "positions of a forward",
-        "hybrid_fx/generate/routes.py",
-        (f"{_WINDOWS}::test_a_forward_that_names_no_positions_counts_columns",),
-        (
-            Fault(
-                "positions skip padding all the same",
-                'if "position_ids" not in inspect',
-                'if False and "position_ids" not in inspect',
             ),
         ),
     ),

@@ -16,6 +16,7 @@ import faults_staging
 import faults_teams
 import faults_tools
 import faults_training
+import faults_user_code
 from mutant import Mutant, mutants_of
 
 MUTANTS: list[Mutant] = mutants_of(
@@ -28,6 +29,7 @@ MUTANTS: list[Mutant] = mutants_of(
         *faults_attention.GROUPS,
         *faults_tools.GROUPS,
         *faults_runtime.GROUPS,
+        *faults_user_code.GROUPS,
         *faults_engine.GROUPS,
         *faults_loop.GROUPS,
         *faults_training.GROUPS,

@@ -1,0 +1,45 @@
+"""The seam to what Dynamo assumes and leaves out of a graph, read while it hands the graph over.
+
+A branch on a size becomes a condition on its symbol; what the code writes into Python objects
+would be done by code around the graph, which is not kept. Tried on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext
+
+#: Where a forward of transformers leaves something that no later call reads.
+_NO_MATTER = ("transformers", "torch")
+
+
+def conditions() -> tuple[str, ...]:
+    """What the traced code asked of a size, beside that inputs of one call are alike."""
+    mode = TracingContext.get().fake_mode
+    sizes = None if mode is None else mode.shape_env
+    if sizes is None:
+        return ()
+    asked = [(str(guard.expr), sizes.simplify(guard.expr)) for guard in sizes.guards]
+    return tuple(said for said, left in asked if str(left) != "True")
+
+
+def writes() -> tuple[str, ...]:
+    """The Python objects, by how they are reached, that the traced code changes at each call."""
+    effects = InstructionTranslator.current_tx().output.side_effects
+    changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
+    sources = (source for v in changed if (source := getattr(v, "source", None)) is not None)
+    return tuple(name for name in map(_name, sources) if not _is_library(name))
+
+
+def _name(source: Any) -> str:
+    """As a reader writes it: ``model.layers.0`` for what Dynamo reaches through dictionaries."""
+    name = str(source.name() if callable(source.name) else source.name)
+    name = re.sub(r"(_hooks)\[list\(dict\.keys\(.*?\)\)\[(\d+)\]\]", r"\1[\2]", name)
+    return re.sub(r"\._modules\['(\w+)'\]", r".\1", name)
+
+
+def _is_library(name: str) -> bool:
+    return any(name.startswith(f"G['__import_{library}_") for library in _NO_MATTER)
