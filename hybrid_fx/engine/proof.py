@@ -59,12 +59,10 @@ def by_steps(model: nn.Module, changed: Mapping[str, Tensor]) -> Reference:
 
     def reference(ids: Tensor, positions: Tensor) -> Tensor:
         cache, logits = None, []
+        length = ids.shape[1]
+        first = max(1, length - DECODED)
         with inference_mode_of(model):
-            first = ids.shape[1] - DECODED
-            for part in (
-                slice(first),
-                *(slice(at, at + 1) for at in range(first, first + DECODED)),
-            ):
+            for part in (slice(first), *(slice(at, at + 1) for at in range(first, length))):
                 inputs = {
                     "input_ids": ids[:, part],
                     "position_ids": positions[:, part],
