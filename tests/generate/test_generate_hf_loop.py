@@ -11,6 +11,7 @@ import torch
 from generate.same_as_hf import (
     FAMILIES,
     Ran,
+    assert_same,
     is_fast,
     new_model,
     prompt,
@@ -209,11 +210,13 @@ def test_long_rope_switches_where_hf_switches(name: str) -> None:
 
 def test_a_hook_on_the_model_runs_once_and_not_twice() -> None:
     model, seen = new_model(), []
-    hook = model.register_forward_hook(lambda *_: seen.append(1))
-    ran = same_as_hf(model, **ROWS, num_beams=2, max_new_tokens=3, eos_token_id=None)
-    hook.remove()
+    runner = watched(model)  # before there is a hook that keeps something: that has no plan
+    call = {**ROWS, "num_beams": 2, "max_new_tokens": 3, "eos_token_id": None}
+    with model.register_forward_hook(lambda *_: seen.append(1)):
+        ran = run(model, **call, runner=runner)
     assert ran.fallbacks == ["HF module: beam search with a hook or a compiled call on the model"]
-    assert len(seen) == 6
+    assert len(seen) == 3
+    assert_same(ran.result, model.generate(**call))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("in the middle")])
