@@ -21,13 +21,17 @@ READY  := $(VENV)/.ready
 PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 TYPED  := build/typed
 
-.PHONY: test test-deep golden mutants demo bench bench-peers lint format clean
+.PHONY: test test-deep test-device golden mutants demo bench bench-peers lint format clean
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
 
 test-deep: $(READY)
 	HYPOTHESIS_PROFILE=deep $(PYTEST) -m deep $(ARGS)
+
+# What users rely on, on a device that is not the CPU: one that tests/other_device compiles.
+test-device: $(READY)
+	PYTHONPATH=tests $(PYTEST) -p other_device.on_pretend tests/laws $(ARGS)
 
 # The generated sources that tests/golden keeps, written anew.
 golden: $(READY)

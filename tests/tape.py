@@ -18,6 +18,9 @@ from torch import Tensor
 from hybrid_fx.runtime import recording
 from hybrid_fx.runtime.recording import Step, Watch, tensors_in
 
+#: Kind of device that the tests of recorded steps run on.
+KIND = "cpu"
+
 
 class _Taping(Watch):
     def __init__(self, device: torch.device) -> None:
@@ -86,12 +89,12 @@ class TapeRecorder:
 
 @contextmanager
 def taped() -> Iterator[type[TapeRecorder]]:
-    """Meanwhile, a CPU records: what is made shows in the class that is given."""
+    """Meanwhile, a device of ``KIND`` records; what is made shows in the class that is given."""
 
     class Recorders(TapeRecorder):
         tapes: ClassVar[list[Tape]] = []
         released = 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recording, "RECORDERS", {"cpu": Recorders})
+        patch.setattr(recording, "RECORDERS", {KIND: Recorders})
         yield Recorders

@@ -108,7 +108,7 @@ def decode(
     pad = config._pad_token_tensor.to(device) if ends else None
     record.stays = _why_rows_stay(record, settings)
     numbers = None if record.stays else Memory()
-    running = Running(session, logits, last, settings.limit)
+    running = Running(session, logits, last, device, settings.limit)
     process, told = settings.process, ToHost(len(ids), device)
     while True:
         raw = _numbers(running.take(), device, numbers)

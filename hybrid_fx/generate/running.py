@@ -21,6 +21,7 @@ class Running:
         session: Of B rows.
         logits: ``[B, 1, V]`` of the last column.
         last: The positions of that column, int64 ``[B, 1]``.
+        device: Of the tokens; the session's may be another.
         limit: The model's positions, None where nothing bounds them. A row that has finished and
             stays may have come to the last one, and waits there.
 
@@ -30,13 +31,19 @@ class Running:
     """
 
     def __init__(
-        self, session: Session, logits: Tensor, last: Tensor, limit: int | None = None
+        self,
+        session: Session,
+        logits: Tensor,
+        last: Tensor,
+        device: torch.device,
+        limit: int | None = None,
     ) -> None:
         self.rows = list(range(len(last)))
         self.index: Tensor | None = None
         self._session = session
         self._logits: Tensor | None = logits
         self._last = last
+        self._device = device
         self._end = torch.iinfo(last.dtype).max if limit is None else limit - 1
 
     def take(self) -> Tensor:
@@ -67,7 +74,7 @@ class Running:
         if self._logits is not None:
             self._logits = self._logits[places]
         self.rows = [self.rows[place] for place in stay]
-        self.index = to_device(torch.tensor(self.rows), places.device)
+        self.index = to_device(torch.tensor(self.rows), self._device)
         return True
 
 

@@ -24,7 +24,7 @@ class Elsewhere:
 def test_rows_that_leave_ask_the_device_nothing() -> None:
     device, session = torch.device("meta"), Elsewhere()
     logits, last = torch.empty(4, 1, 7, device=device), torch.empty(4, 1, device=device).long()
-    running = Running(cast(Session, session), logits, last)
+    running = Running(cast(Session, session), logits, last, device)
     assert running.keep([True, False, True, True])
     (rows,) = session.told
     assert rows.device.type == "cpu"
@@ -32,3 +32,10 @@ def test_rows_that_leave_ask_the_device_nothing() -> None:
     index: Any = running.index
     assert index.device == device
     assert running.take().shape == (3, 7)
+
+
+def test_rows_of_tokens_on_the_host_are_found_there() -> None:
+    logits, last = torch.empty(3, 1, 7, device="meta"), torch.empty(3, 1, device="meta").long()
+    running = Running(cast(Session, Elsewhere()), logits, last, torch.device("cpu"))
+    assert running.keep([True, False, True])
+    assert running.of(torch.tensor([5, 6, 7])).tolist() == [5, 7]
