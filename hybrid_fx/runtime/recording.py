@@ -136,8 +136,8 @@ class _CudaRecording:
 class CudaRecorder:
     """CUDA graphs in one memory pool.
 
-    They are captured on the stream that torch keeps for that: libraries hold memory for each
-    stream that they were ever used on.
+    They are captured on one stream of its own, as libraries hold memory for each stream that they
+    were ever used on. That of torch is on whichever GPU captured first, for the whole process.
 
     Args:
         device: A GPU.
@@ -152,32 +152,24 @@ class CudaRecorder:
         """See :class:`Recorder`."""
         cuda: Any = torch.cuda  # untyped in parts
         with _CAPTURING, torch.no_grad(), cuda.device(self._device):
-            graph = cuda.CUDAGraph()
-            capture = self._capture(graph)
-            stream, here = capture.capture_stream, cuda.current_stream(self._device)
+            self._stream = self._stream or cuda.Stream(self._device)
+            self._pool = self._pool or cuda.graph_pool_handle()
+            stream, here = self._stream, cuda.current_stream(self._device)
             stream.wait_stream(here)
-            with cuda.stream(stream):
-                with Watch(self._device):
-                    step()
-                step()  # as it will be captured: libraries have chosen kernels and memory then
-            here.wait_stream(stream)
-            held = self._held()
+            try:
+                with cuda.stream(stream):
+                    with Watch(self._device):
+                        step()
+                    step()  # as it will be captured: libraries have chosen kernels and memory then
+            finally:
+                here.wait_stream(stream)  # what was queued writes keys and values, error or not
+            held, graph = self._held(), cuda.CUDAGraph()
+            # Other threads may allocate meanwhile.
+            options = {"pool": self._pool, "capture_error_mode": "thread_local"}
             # Where a capture fails, torch leaves its stream the current one.
-            with cuda.stream(here), capture:
+            with cuda.stream(here), cuda.graph(graph, stream=stream, **options):
                 result = step()
         return _CudaRecording(graph, result, self._held() - held)
-
-    def _capture(self, graph: Any) -> Any:
-        cuda: Any = torch.cuda
-        if self._pool is None:
-            self._pool = cuda.graph_pool_handle()
-        # Other threads may allocate meanwhile.
-        given = {"pool": self._pool, "capture_error_mode": "thread_local"}
-        capture = cuda.graph(graph, **given, stream=self._stream)
-        if capture.capture_stream.device == self._device:
-            return capture
-        self._stream = cuda.Stream(self._device)  # torch keeps one stream, of one device
-        return cuda.graph(graph, **given, stream=self._stream)
 
     def release(self) -> None:
         """See :class:`Recorder`."""

@@ -145,6 +145,17 @@ GROUPS = (
                 "        self._pool = None  # one",
                 "        self._pool = self._pool  # one",
             ),
+            Fault(
+                "a capture is on torch's stream, of whatever GPU",
+                "cuda.graph(graph, stream=stream, **options)",
+                "cuda.graph(graph, **options)",
+            ),
+            Fault(
+                "kernels of a failed warm-up still write while others go on",
+                "            finally:\n                here.wait_stream(stream)",
+                "            except KeyError:\n                raise\n"
+                "            else:\n                here.wait_stream(stream)",
+            ),
         ),
     ),
 )

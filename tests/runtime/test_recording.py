@@ -219,8 +219,8 @@ def test_a_refused_model_stands_as_before() -> None:
 
 
 class _Stream:
-    def __init__(self, log: list[str], name: str, device: torch.device = CPU) -> None:
-        self.log, self.name, self.device = log, name, device
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
 
     def wait_stream(self, other: _Stream) -> None:
         self.log.append(f"{self.name} waits for {other.name}")
@@ -231,12 +231,8 @@ def _fake_cuda(
     patch: pytest.MonkeyPatch,
     *,
     fails: bool = False,
-    of_torch: torch.device = CPU,
 ) -> None:
-    """``torch.cuda`` as far as a recorder uses it, each call held against the real signature.
-
-    Its own stream for captures is on the device ``of_torch``.
-    """
+    """``torch.cuda`` as far as a recorder uses it, each call held against the real signature."""
     real = {name: getattr(torch.cuda, name) for name in ("graph", "memory_snapshot", "CUDAGraph")}
     current = [_Stream(log, "here")]
 
@@ -253,7 +249,7 @@ def _fake_cuda(
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             bound = inspect.signature(real["graph"]).bind(*args, **kwargs).arguments
             self.mode, self.pool = bound["capture_error_mode"], bound["pool"]
-            self.capture_stream = bound["stream"] or _Stream(log, "torch's", of_torch)
+            self.capture_stream = bound["stream"] or _Stream(log, "torch's")
 
         def __enter__(self) -> None:
             log.append(f"captures on {self.capture_stream.name} into {self.pool}, {self.mode}")
@@ -278,9 +274,9 @@ def _fake_cuda(
     def device(_: Any) -> Any:
         yield
 
-    pools = iter([(0, 1), (0, 2)])
+    pools, own = iter([(0, 1), (0, 2)]), iter(["own", "another"])
     for name, fake in {
-        "Stream": lambda device: _Stream(log, "own", device),
+        "Stream": lambda device: _Stream(log, f"{next(own)} on {device}"),
         "stream": stream,
         "current_stream": lambda _: current[0],
         "graph": Capture,
@@ -305,29 +301,19 @@ def test_a_gpu_is_warmed_up_beside_the_stream_and_captures_share_one_pool(
         return X + 1
 
     made = recorder.record(step)
-    ran = ["torch's waits for here", *["steps on torch's"] * 2, "here waits for torch's"]
-    captured = ["captures on torch's into (0, 1), thread_local", "steps on torch's"]
-    assert log == [*ran, *captured]
+    own = "own on cpu"
+    ran = [f"{own} waits for here", *[f"steps on {own}"] * 2, f"here waits for {own}"]
+    captured = [f"captures on {own} into (0, 1), thread_local", f"steps on {own}"]
+    assert log == [*ran, *captured], "and not on torch's, which may be on another GPU"
     assert torch.equal(made.replay(), X + 1)
     assert made.replay() is made.replay()
     assert recorder.record(step).nbytes == made.nbytes == 100
     recorder.release()
     recorder.record(step)
     assert [entry for entry in log if "captures" in entry][1:] == [
-        "captures on torch's into (0, 1), thread_local",
-        "captures on torch's into (0, 2), thread_local",
+        f"captures on {own} into (0, 1), thread_local",
+        f"captures on {own} into (0, 2), thread_local",
     ]
-
-
-def test_another_device_than_that_of_torchs_stream_has_one_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    log: list[str] = []
-    _fake_cuda(log, monkeypatch, of_torch=torch.device("meta"))
-    recorder = CudaRecorder(CPU)
-    for _ in range(2):
-        recorder.record(lambda: X + 1)
-    assert log.count("captures on own into (0, 1), thread_local") == 2
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +332,22 @@ def test_a_step_that_cannot_be_captured_never_comes_to_a_capture(
     _fake_cuda(log, monkeypatch)
     with pytest.raises(NotRecordableError):
         CudaRecorder(CPU).record(lambda: REFUSED[name][0](X.clone()))
-    assert log == ["torch's waits for here"]
+    assert log == ["own on cpu waits for here", "here waits for own on cpu"]
+
+
+def test_whoever_goes_on_waits_for_a_warm_up_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    _fake_cuda(log, monkeypatch)
+    steps = iter([X])
+
+    def step() -> Tensor:
+        log.append(f"steps on {torch.cuda.current_stream(0).name}")
+        return next(steps)
+
+    with pytest.raises(StopIteration):
+        CudaRecorder(CPU).record(step)
+    assert log[1:] == [*["steps on own on cpu"] * 2, "here waits for own on cpu"]
+    assert torch.cuda.current_stream(0).name == "here"
 
 
 def test_the_table_of_recorders_is_read_only() -> None:
