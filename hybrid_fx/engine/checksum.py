@@ -73,7 +73,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 def _checksum(tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided or tensor.device.type == "meta" or not tensor.numel():
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
     words = _words(tensor)
     full = words.numel() // _ROW * _ROW
     parts = [words[full:]]

@@ -115,7 +115,7 @@ def _batch(causal: Any, runner: TrainingRunner, call: TrainingCall) -> TrainingC
     windows = [a.window for a in runner.plan.manifest.kv if a.window]
     tokens = max([8, *(window + 4 for window in windows if window <= 64)])
     tokens = min(tokens, position_limit(causal.config) or tokens)
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator("cpu").manual_seed(0)
     device = call.input_ids.device
     said = causal.config.get_text_config(decoder=True)
     # An embedding may have more rows than there are tokens.
@@ -123,7 +123,7 @@ def _batch(causal: Any, runner: TrainingRunner, call: TrainingCall) -> TrainingC
     padding = getattr(causal.get_input_embeddings(), "padding_idx", None)
 
     def random() -> Tensor:
-        ids = torch.randint(vocabulary, (_ROWS, tokens), generator=rng).to(device)
+        ids = torch.randint(vocabulary, (_ROWS, tokens), generator=rng, device="cpu").to(device)
         if padding is not None and padding < vocabulary:
             ids[0, :2] = ids[2, 1] = padding  # the row whose gradient is left out
         return ids

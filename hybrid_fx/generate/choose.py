@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .host import is_asynchronous
+from ..runtime.moving import is_asynchronous
 from .largest import first_largest
 
 NO_DISTRIBUTION = "probability tensor contains either `inf`, `nan` or element < 0"

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..runtime.moving import to_device
 from .choose import Memory, probabilities
-from .host import to_device
 from .largest import first_largest
 
 #: Elements to draw at a time: they stay in the processor's cache.
@@ -35,6 +35,7 @@ class HFDraws:
         self._batch = batch
         self._probabilities, self._noise = Memory(), Memory()
         self._in_order = noise_is_drawn_in_order()
+        self._kept: tuple[list[int], Tensor] | None = None
 
     def __call__(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
         p = probabilities(scores, self._probabilities)
@@ -43,13 +44,20 @@ class HFDraws:
         if list(rows) == list(range(self._batch)):
             return torch.multinomial(p, num_samples=1).squeeze(1)
         noise = self._noise.take(self._batch, p.shape[1], p.dtype, p.device).exponential_()
-        return p.div_(noise[to_device(torch.tensor(rows), p.device)]).argmax(-1)
+        return p.div_(noise[self._index(rows, p.device)]).argmax(-1)
+
+    def _index(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Rows on the device of the call, int64 ``[N]``; copied when they are other ones."""
+        if self._kept is None or self._kept[0] != list(rows):
+            on_host = torch.tensor(rows, device="cpu")
+            self._kept = list(rows), to_device(on_host, device)
+        return self._kept[1]
 
     def _row_by_row(self, p: Tensor, rows: Sequence[int]) -> Tensor:
         size = p.shape[1]
         step = max(1, _CHUNK // size)
         place = {row: at for at, row in enumerate(rows)}
-        found = torch.empty(len(rows), dtype=torch.int64)
+        found = torch.empty(len(rows), dtype=torch.int64, device=p.device)
         for first in range(0, self._batch, step):
             count = min(step, self._batch - first)
             noise = self._noise.take(step, size, torch.float64, p.device)[:count]

@@ -1,4 +1,4 @@
-"""Between the host and a device that computes while the host goes on: nobody waits for all of it.
+"""From a device that computes while the host goes on, to the host: nobody waits for all of it.
 
 On such a device a step's flags are copied behind the step; the host queues the next forward and
 then waits for that copy alone. Legend: B rows of the call.
@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Where work is queued: a forward may be on its way before it is known that somebody needs it.
-ASYNCHRONOUS = frozenset({"cuda"})
-
-
-def is_asynchronous(device: torch.device) -> bool:
-    """Whether the host runs ahead of this device."""
-    return device.type in ASYNCHRONOUS
+from ..runtime.moving import is_asynchronous
 
 
 class ToHost:
@@ -47,10 +41,3 @@ class ToHost:
             self._copied.synchronize()
         flags: list[int] = self._host[1].tolist()
         return self._host[0].clone(), flags
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on a device; where that is asynchronous, nobody waits for it."""
-    if not is_asynchronous(device):
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

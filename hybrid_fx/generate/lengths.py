@@ -26,7 +26,7 @@ class RowLengths(StoppingCriteria):  # type: ignore[misc]
     eos_token_id = None
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        self._lengths = torch.tensor(lengths)
+        self._lengths = torch.tensor(lengths, device="cpu")
         self._prompt: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..runtime.moving import is_asynchronous
 from .checks import position_limit
 from .choose import Choose, largest
 from .decode import Settings, decode
 from .hf_draws import HFDraws
-from .host import is_asynchronous
 from .own_draws import OwnDraws
 from .prompt import prefill, prompt_columns
 from .protocol import Runner

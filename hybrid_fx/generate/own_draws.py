@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..runtime.moving import to_device
 from .choose import Memory, probabilities
-from .host import to_device
 
 #: Probabilities that are summed at a time; the token is then looked for in one such block.
 _BLOCK = 512
@@ -31,7 +31,7 @@ class OwnDraws:
     """
 
     def __init__(self) -> None:
-        self._seed = int(torch.empty((), dtype=torch.int64).random_())
+        self._seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         self._step = 0
         self._probabilities = Memory()
 
@@ -39,7 +39,8 @@ class OwnDraws:
         p = probabilities(scores, self._probabilities)
         numbers = [uniform(self._seed, row, self._step) for row in rows]
         self._step += 1
-        return inverse(p, to_device(torch.tensor(numbers, dtype=torch.float64), p.device))
+        on_host = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return inverse(p, to_device(on_host, p.device))
 
 
 def uniform(seed: int, row: int, step: int) -> float:

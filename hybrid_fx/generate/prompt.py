@@ -30,7 +30,7 @@ def prompt_columns(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -
     if positions is None and mask is not None:
         positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
     elif positions is None:
-        positions = torch.arange(prompt)[None]
+        positions = torch.arange(prompt, device=ids.device)[None]
     positions = positions.to(device=ids.device, dtype=torch.int64).expand(batch, prompt)
     valid = None if mask is None or bool((mask == 1).all()) else mask.to(ids.device).bool()
     return Columns(ids.long(), positions, valid)

@@ -173,7 +173,7 @@ def _inferred_mask(config: Any, ids: Tensor | None) -> Tensor | None:
     pad, eos = config.pad_token_id, config.eos_token_id
     if pad is None or ids is None:
         return None
-    endings = torch.as_tensor([] if eos is None else eos).flatten().tolist()
+    endings = torch.as_tensor([] if eos is None else eos, device="cpu").flatten().tolist()
     if int(pad) in endings:
         return None
     mask = ids.ne(int(pad))

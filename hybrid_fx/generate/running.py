@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .host import to_device
+from ..runtime.moving import to_device
 from .protocol import Session
 
 
@@ -67,14 +67,14 @@ class Running:
         stay = closed_up(runs)
         if len(stay) == len(self.rows):
             return False
-        on_host = torch.tensor(stay)
+        on_host = torch.tensor(stay, device="cpu")
         self._session.reorder(on_host)
         places = to_device(on_host, self._last.device)
         self._last = self._last[places]
         if self._logits is not None:
             self._logits = self._logits[places]
         self.rows = [self.rows[place] for place in stay]
-        self.index = to_device(torch.tensor(self.rows), self._device)
+        self.index = to_device(torch.tensor(self.rows, device="cpu"), self._device)
         return True
 
 

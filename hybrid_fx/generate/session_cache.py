@@ -30,7 +30,7 @@ class SessionCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[])
         self.depth = layers
         self.session: Session | None = None
-        self.ids = torch.empty(0, 0, dtype=torch.int64) if ids is None else ids
+        self.ids = torch.empty(0, 0, dtype=torch.int64, device="cpu") if ids is None else ids
         self.origin = origin
         self._rows: Tensor | None = None  # of the origin, as they stand now
         self._given = 0

@@ -88,7 +88,8 @@ class JointRunner:
 
     def _play(self, said: Said, mine: Turn | None) -> dict[int, Tensor]:
         device = self.plan_runner.device
-        packed = torch.empty(0, dtype=torch.int64) if mine is None else mine.packed()
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        packed = empty if mine is None else mine.packed()
         counts = [count_of(words) for words in said]
         parts = self._rounds.share(packed.to(device), counts)
         turns = [

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..passes.collectives import Group
+from .moving import to_device
 from .recorded import DecodeStep, RecordedDecode
 from .workspace import KeyValue, Workspace
 
@@ -196,9 +197,12 @@ class PlanSession:
         return self._workspace.read(self.batch, start, self.length)
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i of the new batch continues old row ``rows[i]`` (rows [B'] int64)."""
+        """Row i of the new batch continues old row ``rows[i]`` (rows [B'] int64).
+
+        Where they lie on the host, nobody waits for the device.
+        """
         if self._valid is not None:
-            self._valid = self._valid[rows]
+            self._valid = self._valid[to_device(rows, self._device)]
         self._workspace.relay(rows, self._workspace.pitch, self.length)
         self.batch = rows.shape[0]
         self._lay_out()

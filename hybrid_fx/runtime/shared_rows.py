@@ -239,7 +239,7 @@ def _odd(weight: Tensor) -> str:
 
 def is_alone(weight: Tensor) -> bool:
     """Whether no other tensor holds the memory of ``weight``."""
-    fresh = torch.empty(0)
+    fresh = torch.empty(0, device="cpu")
     counts = [torch._C._storage_Use_Count(_storage(t)) for t in (fresh, weight)]
     return counts[1] <= counts[0]
 

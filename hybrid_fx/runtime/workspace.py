@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..plan.records import KVLayer
+from .moving import to_device
 
 #: Keys and values of one layer, [B, K, T, D] each.
 KeyValue = tuple[Tensor, Tensor]
@@ -120,6 +121,7 @@ class Workspace:
         if pitch == self.pitch and rows.shape[0] * pitch <= self._slots:
             self._move(rows, length)
             return
+        rows = to_device(rows, self._device)
         kept = [
             (key[rows, :, :length], value[rows, :, :length])
             for key, value in zip(self.keys, self.values, strict=True)
@@ -133,10 +135,10 @@ class Workspace:
         """:meth:`relay` within the memory and at the pitch there is."""
         count, pitch = rows.shape[0], self.pitch
         moved = (rows != torch.arange(count, device=rows.device)).nonzero().squeeze(1)
-        moved, sources = (r.to(self._device, non_blocking=True) for r in (moved, rows[moved]))
+        places = to_device(torch.stack((moved, rows[moved])), self._device)
         self._lay_out(max(count, self.rows), pitch)
         for memory in (*self.keys, *self.values) if len(moved) else ():
-            memory[moved, :, :length] = memory[sources, :, :length]
+            memory[places[0], :, :length] = memory[places[1], :, :length]
         self._lay_out(count, pitch)
 
     def clear(self, rows: slice, end: int) -> None:

@@ -15,7 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from hybrid_fx.generate import generate, loop
 from hybrid_fx.generate.choose import Memory, probabilities
-from hybrid_fx.generate.host import ToHost, is_asynchronous, to_device
+from hybrid_fx.generate.host import ToHost
+from hybrid_fx.runtime.moving import is_asynchronous, to_device
 
 ENDS = [EOS, *range(5, 20)]
 ROWS = prompt((3, 9, 1, 6))

@@ -67,6 +67,39 @@ def test_any_rows_draw_what_they_draw_among_all(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("make", [lambda: HFDraws(4), OwnDraws])
+def test_draws_are_made_where_the_scores_are_whatever_the_default_device(
+    monkeypatch: pytest.MonkeyPatch, make: Any, in_order: bool
+) -> None:
+    monkeypatch.setattr(hf_draws, "noise_is_drawn_in_order", lambda: in_order)
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    found = []
+    for default in ("cpu", "meta"):
+        torch.manual_seed(0)
+        with torch.device(default):
+            found.append(make()(scores, [0, 3, 1]).tolist())
+    assert found[0] == found[1]
+
+
+def test_rows_are_copied_to_the_device_when_they_are_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied: list[list[int]] = []
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copied.append(tensor.tolist())
+        return tensor.to(device)
+
+    monkeypatch.setattr(hf_draws, "to_device", to_device)
+    monkeypatch.setattr(hf_draws, "noise_is_drawn_in_order", lambda: False)
+    draws, rows = HFDraws(4), [0, 1, 2, 3]
+    for gone in (None, None, 2, None, 0, None):
+        rows = [row for row in rows if row != gone]
+        draws(torch.zeros(len(rows), 5), rows)
+    assert copied == [[0, 1, 3], [1, 3]]
+
+
 @pytest.mark.parametrize("make", [lambda: HFDraws(2), OwnDraws])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, None])
 def test_scores_that_are_no_distribution_are_refused_in_torchs_words(make: Any, bad: Any) -> None:

@@ -34,6 +34,16 @@ def test_rows_that_leave_ask_the_device_nothing() -> None:
     assert running.take().shape == (3, 7)
 
 
+def test_rows_that_leave_are_known_on_the_host_wherever_tensors_are_made() -> None:
+    session, cpu = Elsewhere(), torch.device("cpu")
+    logits, last = torch.zeros(3, 1, 7), torch.zeros(3, 1, dtype=torch.int64)
+    running = Running(cast(Session, session), logits, last, cpu)
+    with torch.device("meta"):
+        assert running.keep([True, False, True])
+    index: Any = running.index
+    assert [session.told[0].tolist(), index.tolist()] == [[0, 2], [0, 2]]
+
+
 def test_rows_of_tokens_on_the_host_are_found_there() -> None:
     logits, last = torch.empty(3, 1, 7, device="meta"), torch.empty(3, 1, device="meta").long()
     running = Running(cast(Session, Elsewhere()), logits, last, torch.device("cpu"))

@@ -78,8 +78,8 @@ GROUPS = (
             ),
             Fault(
                 "rows that move within the memory stay where they were",
-                "for r in (moved, rows[moved]))",
-                "for r in (moved, moved))",
+                "torch.stack((moved, rows[moved]))",
+                "torch.stack((moved, moved))",
             ),
             Fault(
                 "rows that keep their place are copied",
@@ -115,8 +115,8 @@ GROUPS = (
             ),
             Fault(
                 "validity keeps the old order of rows",
-                "            self._valid = self._valid[rows]\n",
-                "            self._valid = self._valid[: len(rows)]\n",
+                "self._valid[to_device(rows, self._device)]",
+                "self._valid[: len(rows)]",
             ),
             Fault(
                 "cropping keeps what it should forget",

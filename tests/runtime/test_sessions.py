@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybrid_fx
 from hybrid_fx.errors import EngineClosedError
 from hybrid_fx.plan.records import KVLayer
+from hybrid_fx.runtime import moving
+from hybrid_fx.runtime.recording import tensors_in
 from hybrid_fx.runtime.session import PlanSession
 from hybrid_fx.runtime.workspace import Workspace
 
@@ -266,3 +270,53 @@ def test_one_session_at_a_time_and_a_closed_one_frees_the_runner(runner):
     session.close()
     session.close()
     runner.session(batch=1, capacity=2).close()
+
+
+class Copies(TorchDispatchMode):
+    """Notes what comes from the host, and how; nothing else may look there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[list[int], bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        result = func(*args, **given)
+        places = {t.device.type for t in tensors_in((args, given, result))}
+        if len(places) > 1:
+            assert func._schema.name == "aten::_to_copy", f"{func} waits for its rows"
+            self.seen.append((args[0].flatten().tolist(), given["non_blocking"]))
+        return result
+
+
+def test_rows_come_from_the_host_once_for_each_use_and_nobody_waits_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, pinned = torch.device("meta"), []
+    monkeypatch.setattr(moving, "ASYNCHRONOUS", frozenset({"meta"}))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t.tolist()) or t)
+    layer = KVLayer(
+        path="a", kv_heads=2, head_size=4, value_head_size=4, window=None, dtype="float32"
+    )
+    session = PlanSession(
+        Workspace([layer, layer], device),
+        lambda *args: torch.empty(3, 1, 7, device=device),
+        lambda *args: torch.empty(3, 1, 7, device=device),
+        (),
+        batch=3,
+        capacity=8,
+        device=device,
+        limit=None,
+        timer=lambda name: nullcontext(SimpleNamespace(tokens=0)),
+        on_close=lambda: None,
+    )
+    ids = torch.ones(3, 4, dtype=torch.int64)
+    session.forward(ids, ids, torch.tensor([[False, True, True, True]] * 3))
+    with Copies() as copies:
+        session.reorder(torch.tensor([0, 2]))
+    assert copies.seen == [([0, 2], True), ([1, 2], True)], "for validity, keys and values"
+    assert pinned == [[0, 2], [[1], [2]]]
+    assert session.batch == 2
+    with Copies() as copies:
+        session.reorder(torch.tensor([0, 1, 1, 0]))  # more than the memory holds
+    assert [how for _, how in copies.seen] == [True, True]
