@@ -42,3 +42,8 @@ def check_windows(graph: fx.Graph, model: nn.Module) -> None:
                 f"attention {index} sees {f'{window} columns' if window else 'every column'}, and "
                 f"the cache of transformers keeps {size}"
             )
+        if size == 1:  # it keeps the last ``1 - size`` of the columns before: from -0 on, all
+            raise CaptureError(
+                f"attention {index} sees 1 column, and the cache of transformers keeps every one "
+                "behind a window of 1"
+            )

@@ -68,6 +68,14 @@ def test_a_layer_that_sees_more_than_the_cache_keeps_is_run_by_transformers(
     assert "the cache of transformers keeps 5" in next(iter(engine.stats.fallbacks))
 
 
+def test_behind_a_window_of_one_column_transformers_keeps_all_and_runs_its_module() -> None:
+    model = _model("Mistral", sliding_window=1)
+    engine = hybrid_fx.hybridize(model, disk_cache=False)
+    for call in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 2, "do_sample": False}):
+        same_tokens(engine, **prompt([9, 4, 12]), max_new_tokens=8, **call)
+    assert "keeps every one behind a window of 1" in next(iter(engine.stats.fallbacks))
+
+
 def test_an_implementation_that_listens_to_an_attention_must_hear_the_window_of_the_mask() -> None:
     model = _model("Phimoe", **_EXPERTS, num_local_experts=4)
     model.config._attn_implementation_internal = "flex_attention"
