@@ -3,21 +3,24 @@
 A linear over a value of which a rank can compute its slice alone becomes that rank's part of the
 sum, followed by one ``all_reduce`` (Shoeybi et al. 2019). Which values those are is not listed by
 family: :mod:`.slicing` follows a slice back through what computes it, down to the weights. What
-cannot be followed stays whole on every rank, as it was.
+cannot be followed stays whole on every rank, as it was. Of two linears in a row, one alone can be
+cut: that whose slice reaches more weights, so that a low-rank branch splits what it reads.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from torch import fx
 
 from .binding import weight_only
 from .contract import Context, Pass, PassResult
+from .cuts import Cut, Part
 from .graph import after, call, calls, fresh_input, path_of, shape_of, sweep
 from .last_tokens import projection
 from .pattern import NoMatch
-from .slicing import Cut, Slicer
+from .slicing import Slicer
 
 
 def _heads(graph: fx.Graph) -> tuple[int, ...]:
@@ -26,17 +29,30 @@ def _heads(graph: fx.Graph) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(shape[3]) for shape in sizes if shape is not None))
 
 
-def _partial(graph: fx.Graph, node: fx.Node, slicer: Slicer, units: tuple[int, ...]) -> bool:
-    """Turn ``linear(x, w, b)`` into ``all_reduce(linear(x_r, w_r)) + b`` where x_r is at hand."""
-    x, weight, *bias = node.args
+def _cut(node: fx.Node, slicer: Slicer, units: tuple[int, ...]) -> Cut | None:
+    """Which slice of the input of ``linear(x, w, b)`` a rank can compute."""
+    x, weight, *_ = node.args
     width = (shape_of(weight) or (None, None))[-1]
-    if not isinstance(x, fx.Node) or not isinstance(width, int):
-        return False
+    if not isinstance(x, fx.Node) or not isinstance(width, int) or weight not in slicer.fixed:
+        return None
     last = len(shape_of(x) or ()) - 1
     # of a sum, each rank takes terms of its own
     cuts = (Cut(last, u, 0, width) for u in units if width % u == 0 and width // u >= slicer.size)
-    cut = next((cut for cut in cuts if slicer.follows(x, cut)), None)
-    if cut is None or weight not in slicer.fixed:
+    return next((cut for cut in cuts if slicer.follows(x, cut)), None)
+
+
+def _spared(node: fx.Node, slicer: Slicer, units: tuple[int, ...]) -> int:
+    """Elements of weights that ranks share once ``node`` is cut."""
+    cut, (x, weight, *_) = _cut(node, slicer, units), node.args
+    reached = slicer.reach(Part(x, cut)) if cut and isinstance(x, fx.Node) else None
+    return 0 if reached is None else sum(prod(shape_of(w) or ()) for w in {weight, *reached})
+
+
+def _partial(graph: fx.Graph, node: fx.Node, slicer: Slicer, units: tuple[int, ...]) -> bool:
+    """Turn ``linear(x, w, b)`` into ``all_reduce(linear(x_r, w_r)) + b`` where x_r is at hand."""
+    x, weight, *bias = node.args
+    cut = _cut(node, slicer, units)
+    if cut is None or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return False
     local, path = slicer.slice(x, cut), path_of(node)
     columns = slicer.slice(weight, replace(cut, axis=1))
@@ -47,6 +63,7 @@ def _partial(graph: fx.Graph, node: fx.Node, slicer: Slicer, units: tuple[int, .
         if bias and isinstance(bias[0], fx.Node):
             total = call(graph, "add", total, bias[0], path=path)
     node.replace_all_uses_with(total)
+    slicer.changed()
     return True
 
 
@@ -83,8 +100,10 @@ def shard_tp(graph: fx.Graph, context: Context) -> PassResult:
     units = (1, *_heads(graph))
     slicer = Slicer(graph, rank, size, frozenset(weight_only(graph)))
     count = int(_vocabulary(graph, slicer))
-    for node in reversed(calls(graph, "linear")):
-        if node.users and node not in slicer.fixed:
+    linears = [node for node in reversed(calls(graph, "linear")) if node not in slicer.fixed]
+    spared = {node: _spared(node, slicer, units) for node in linears}
+    for node in sorted(linears, key=lambda node: -spared[node]):
+        if node.users:
             count += _partial(graph, node, slicer, units)
     sweep(graph)
     whole = [node for node in calls(graph, "attention") if node not in slicer.made]

@@ -10,46 +10,16 @@ graph writes, or one that is drawn: computed again, it would be another.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 from torch import fx
 
 from .collectives import share
+from .cuts import Cut, Part, Recipe, filled, parts_of
 from .effects import written_memory
 from .graph import after, call, is_pure, name_of, path_of, shape_of
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The places ``start`` to ``start + length`` of an axis, shared among ranks in whole units."""
-
-    axis: int
-    unit: int
-    start: int
-    length: int
-
-    def scaled(self, axis: int, by: int) -> Cut:
-        """The same cut of an axis on which each place is ``by`` places."""
-        return Cut(axis, self.unit * by, self.start * by, self.length * by)
-
-
-@dataclass(frozen=True)
-class Part:
-    """The value that a rank has of ``of``."""
-
-    of: fx.Node
-    cut: Cut
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A call whose arguments hold :class:`Part` where a slice is to stand."""
-
-    operator: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 class Slicer:
@@ -65,7 +35,7 @@ class Slicer:
         self.graph, self.rank, self.size, self.fixed = graph, rank, size, fixed
         self.made: set[fx.Node] = set()
         self._slices: dict[Part, fx.Node] = {}
-        self._known: dict[Part, bool] = {}
+        self._known: dict[Part, frozenset[fx.Node] | None] = {}
         self._written = written_memory(graph)
 
     def share(self, cut: Cut) -> tuple[int, int]:
@@ -73,18 +43,28 @@ class Slicer:
         low, high = share(cut.length, cut.unit, self.rank, self.size)
         return cut.start + low, cut.start + high
 
+    def reach(self, part: Part) -> frozenset[fx.Node] | None:
+        """The weights that a slice takes a share of; None where it cannot be computed."""
+        if part not in self._known:
+            self._known[part] = self._reach(part)
+        return self._known[part]
+
+    def _reach(self, part: Part) -> frozenset[fx.Node] | None:
+        if part.of in self.fixed:
+            return frozenset((part.of,)) if part.cut.length % part.cut.unit == 0 else None
+        step = self._step(part)
+        found = [self.reach(p) for p in ([step] if isinstance(step, Part) else parts_of(step))]
+        weights = [each for each in found if each is not None]
+        whole = step is not None and len(weights) == len(found)
+        return frozenset().union(*weights) if whole else None
+
     def follows(self, value: fx.Node, cut: Cut) -> bool:
         """Whether a slice can be computed from slices of weights, and from whole values."""
-        part = Part(value, cut)
-        if part not in self._known:
-            if value in self.fixed:
-                self._known[part] = cut.length % cut.unit == 0
-            else:
-                step = self._step(part)
-                parts = [step] if isinstance(step, Part) else _parts(step)
-                found = step is not None and all(self.follows(p.of, p.cut) for p in parts)
-                self._known[part] = found
-        return self._known[part]
+        return self.reach(Part(value, cut)) is not None
+
+    def changed(self) -> None:
+        """The graph has: what was known of it is asked anew."""
+        self._known.clear()
 
     def slice(self, value: fx.Node, cut: Cut) -> fx.Node:
         """This rank's slice of a value that :meth:`follows`."""
@@ -106,7 +86,7 @@ class Slicer:
         assert step is not None, "follows() was not asked"
         if isinstance(step, Part):
             return self.slice(step.of, step.cut)
-        args, kwargs = _filled((step.args, dict(step.kwargs)), self.slice)
+        args, kwargs = filled((step.args, dict(step.kwargs)), self.slice)
         with after(self.graph, value):
             new = call(self.graph, step.operator, *args, path=path, **kwargs)
         self.made.add(new)
@@ -117,26 +97,6 @@ class Slicer:
         if rule is None or part.of in self._written or not is_pure(part.of):
             return None
         return rule(self, part.of, part.cut)
-
-
-def _parts(value: Any) -> list[Part]:
-    """Every part in the arguments of a recipe."""
-    if isinstance(value, Part):
-        return [value]
-    if isinstance(value, Recipe):
-        return _parts(value.args) + _parts(list(value.kwargs.values()))
-    return [p for item in value for p in _parts(item)] if isinstance(value, tuple | list) else []
-
-
-def _filled(value: Any, make: Callable[[fx.Node, Cut], fx.Node]) -> Any:
-    """Arguments with each part replaced by the slice it asks for."""
-    if isinstance(value, Part):
-        return make(value.of, value.cut)
-    if isinstance(value, dict):
-        return {key: _filled(item, make) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_filled(item, make) for item in value)
-    return value
 
 
 def _args(node: fx.Node) -> tuple[Any, ...]:

@@ -272,6 +272,15 @@ GROUPS = (
                 'call(graph, "linear", local, columns, None, path=path)',
                 'call(graph, "linear", local, columns, *bias[:1], path=path)',
             ),
+            Fault(
+                "a low-rank branch is cut in the middle, and what it reads stands whole",
+                "sorted(linears, key=lambda node: -spared[node])",
+                "linears",
+                (
+                    "tests/runtime/test_tensor_parallel.py"
+                    "::test_adapters_are_cut_with_what_they_adapt",
+                ),
+            ),
         ),
     ),
     Group(

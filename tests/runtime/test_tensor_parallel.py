@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from chat_lora import chat_adapted
 from threaded_ranks import Rank, on_ranks
 from tiny_models import adapted, prompt, tiny
 from torch import fx
@@ -129,9 +131,10 @@ def test_a_rank_prepares_its_share_alone() -> None:
         assert total * 2 == full
 
 
+@pytest.mark.parametrize("form", ["peft", "chat"])
 @pytest.mark.parametrize("lora", ["fold", "side"])
-def test_adapters_are_cut_with_what_they_adapt(lora: str) -> None:
-    model = adapted(tiny("llama")).eval()
+def test_adapters_are_cut_with_what_they_adapt(lora: str, form: str) -> None:
+    model = (adapted if form == "peft" else chat_adapted)(tiny("llama")).eval()
     passes = OPTIONAL.without(("fold_lora",) if lora == "side" else ())
     cut = plans(model, 2, passes=passes)
 
@@ -140,6 +143,14 @@ def test_adapters_are_cut_with_what_they_adapt(lora: str) -> None:
 
     for tokens in on_ranks(2, work):
         assert tokens.tolist() == expected(model, 6).tolist()
+    (whole,) = plans(model, 1, passes=passes)
+    assert [kv.kv_heads for kv in cut[0].manifest.kv] == [1, 1], "no attention stands whole beside"
+    assert 1.6 * elements(cut[0]) < elements(whole), "low-rank factors alone stay whole"
+
+
+def elements(plan: Plan) -> int:
+    """Of all prepared tensors of layers."""
+    return sum(prod(p.shape) for p in plan.manifest.prepared if "layers" in p.name)
 
 
 def test_heads_that_the_ranks_cannot_share_stay_whole_and_are_named() -> None:
