@@ -120,7 +120,7 @@ def capture(model: nn.Module, *, training: bool = False) -> Captured:
         for module in flags:
             module.training = training
         with torch.set_grad_enabled(training), canonical_attention(model):
-            with traceable_adapters(model), without_gradient_hooks(model):
+            with traceable_adapters(model), without_gradient_hooks(model, training=training):
                 traced = _trace(model, inputs)
     finally:
         for module, flag in flags.items():

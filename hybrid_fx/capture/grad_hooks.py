@@ -1,14 +1,15 @@
-"""The seam to hooks that ask for the gradients of a module's output, for the time of one capture.
+"""The seam to hooks that take part in a backward pass alone, for the time of one capture.
 
-transformers and PEFT put one on the input embeddings (``enable_input_require_grads()``). Without
-gradients it does nothing, and Dynamo of torch 2.11 cannot trace it. Tried on transformers 5.17
-and 5.23, PEFT 0.21.
+Without gradients they do nothing, and Dynamo cannot trace them: backward hooks of a module, and
+those that ask for the gradients of its output, of which transformers and PEFT put one on the input
+embeddings (``enable_input_require_grads()``). Tried on torch 2.11 and 2.13, transformers 5.17 and
+5.23, PEFT 0.21.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -16,16 +17,33 @@ _NAMES = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 @contextlib.contextmanager
-def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
-    """These hooks are away inside the ``with`` block, and in their places after it."""
-    before = [(hooks, hooks.copy()) for m in model.modules() if (hooks := m._forward_hooks)]
+def without_gradient_hooks(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """These hooks are away inside the ``with`` block, and in their places after it.
+
+    Args:
+        training: Whether gradients are traced too: then backward hooks stay where they are.
+    """
+    before = [
+        (hooks, hooks.copy(), keeps)
+        for module in model.modules()
+        for hooks, keeps in (
+            (module._forward_hooks, _is_no_asker),
+            (module._backward_hooks, lambda _: training),
+            (module._backward_pre_hooks, lambda _: training),
+        )
+        if hooks
+    ]
     try:
-        for hooks, all_of_them in before:
+        for hooks, all_of_them, keeps in before:
             for key, hook in all_of_them.items():
-                if getattr(hook, "__name__", "") in _NAMES:
+                if not keeps(hook):
                     del hooks[key]
         yield
     finally:
-        for hooks, all_of_them in before:
+        for hooks, all_of_them, _ in before:
             hooks.clear()
             hooks.update(all_of_them)
+
+
+def _is_no_asker(hook: Callable[..., object]) -> bool:
+    return getattr(hook, "__name__", "") not in _NAMES

@@ -156,6 +156,50 @@ def test_hooks_that_ask_for_gradients_are_no_part_of_it_and_stay_in_their_places
     assert list(embeddings._forward_hooks.items()) == [hooks[0], hooks[2]]
 
 
+def _with_backward_hooks(model: Any) -> list[list[Any]]:
+    """Hooks of each kind on modules of a llama model; those of all modules, in order."""
+    layer, ran = model.model.layers[0], pytest.fail
+    layer.mlp.register_full_backward_hook(lambda *given: ran("a backward hook"))
+    layer.mlp.register_full_backward_hook(lambda *given: ran("another one"))
+    layer.self_attn.q_proj.register_full_backward_pre_hook(lambda *given: ran("before it"))
+    layer.input_layernorm.register_backward_hook(lambda *given: ran("one of the old kind"))
+    return _backward_hooks(model)
+
+
+def _backward_hooks(model: nn.Module) -> list[list[Any]]:
+    modules = list(model.modules())
+    hooks: list[Any] = [m._backward_hooks for m in modules]
+    return [list(each.items()) for each in hooks + [m._backward_pre_hooks for m in modules]]
+
+
+def test_backward_hooks_are_no_part_of_inference_and_stay_in_their_places() -> None:
+    model = decoder("llama", layers=1)
+    held = _with_backward_hooks(model)
+    assert sum(map(bool, held)) == 3
+    graph = capture(model).graph
+    assert _backward_hooks(model) == held
+    ids, at = tokens(2, 6)
+    with torch.no_grad():
+        wanted = logits(model, ids, at)
+        assert torch.equal(run_graph(graph, named_tensors(model), ids, at), wanted)
+
+
+def test_backward_hooks_stay_in_their_places_where_a_capture_fails() -> None:
+    model = decoder("llama")
+    held = _with_backward_hooks(model)
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(CaptureError, match="without causality"):
+        capture(model)
+    assert _backward_hooks(model) == held
+
+
+def test_a_training_capture_leaves_no_backward_hook_out() -> None:
+    model = decoder("llama", layers=1).train()
+    model.model.layers[0].mlp.register_full_backward_hook(lambda *given: None)
+    with pytest.raises(CaptureError, match="could not be traced"):
+        capture(model, training=True)
+
+
 def test_a_hook_that_keeps_tensors_in_python_is_refused() -> None:
     model = decoder("llama", layers=1)
     kept: list[Tensor] = []

@@ -23,6 +23,19 @@ import hybrid_fx
 CALL = prompt((4, 1, 7), 6) | {"max_new_tokens": 8}
 
 
+def test_a_backward_hook_runs_in_training_and_keeps_no_call_from_the_graphs() -> None:
+    model, seen = tiny("llama", layers=1), []
+    layer = model.model.layers[0]
+    layer.mlp.register_full_backward_hook(lambda module, into, out: seen.append(out[0].shape))
+    layer.register_full_backward_pre_hook(lambda module, out: seen.append(out[0].shape))
+    with hybrid_fx.hybridize(model, disk_cache=False) as engine:
+        for count in (2, 4):
+            assert engine.generate(**CALL).tolist() == hf_generate(model, **CALL).tolist()
+            assert not engine.stats.fallbacks
+            engine(**prompt((5, 3)), labels=torch.ones(2, 5).long()).loss.backward()
+            assert seen == [(2, 5, 32)] * count
+
+
 def surroundings(model: Any) -> dict[str, Any]:
     """Everything outside of its own objects that an engine could have touched."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
