@@ -84,6 +84,11 @@ _SHAPED = ("view", "reshape", "permute", "expand", "repeat", "new_ones", "new_ze
 
 _SIGNATURES: dict[str, tuple[str, ...]] = {
     "linear": ("input", "weight", "bias"),
+    "embedding": (
+        *("input", "weight", "padding_idx", "max_norm", "norm_type"),
+        *("scale_grad_by_freq", "sparse"),
+    ),
+    "index_copy": ("input", "dim", "index", "source"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "cat": ("tensors", "dim"),
     "mean": ("input", "dim", "keepdim"),

@@ -55,6 +55,10 @@ _SPELLINGS: Mapping[str, tuple[Callable[[Any], _Call], ...]] = {
         lambda args: (F.softmax, args, {"_stacklevel": 3}),
     ),
     "linear": (_keywords(F.linear, "bias"), _keywords(F.linear, "weight", "bias")),
+    "embedding": (
+        _keywords(F.embedding, "weight"),
+        lambda args: (F.embedding, (), {"input": args[0], "weight": args[1], "padding_idx": None}),
+    ),
     "layer_norm": (_keywords(F.layer_norm, "normalized_shape", "weight", "bias", "eps"),),
     "cat": (*_renamed(torch.concat), _keywords(torch.cat, "dim")),
     "mean": _renamed("mean"),

@@ -71,6 +71,21 @@ def saved_modules() -> Any:
     return llama(target_modules=["q_proj"], modules_to_save=["lm_head"])
 
 
+def tokens_of(model: Any) -> list[torch.nn.Parameter]:
+    return [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name]
+
+
+def trained_tokens(kind: str = "llama", **options: Any) -> Any:
+    """Rows of the embeddings of their own, random ones."""
+    given = {"target_modules": ["q_proj", "up_proj"], "trainable_token_indices": [3, 11, 40]}
+    model = adapted(tiny(kind, layers=1), **given, **options)
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in tokens_of(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.5)
+    return model
+
+
 def lora_of(kind: str, **options: Any) -> Callable[[], Any]:
     return lambda: adapted(tiny(kind, layers=1), **options)
 
@@ -96,6 +111,8 @@ MODELS: dict[str, tuple[Callable[[], Any], int]] = {
     "gpt2 dora": (lora_of("gpt2", target_modules=["c_attn"], use_dora=True), 1),
     "opt": (lora_of("opt"), 6),
     "tied embeddings": (lora_of("qwen2", target_modules=["embed_tokens", "q_proj"]), 2),
+    "trained tokens": (trained_tokens, 2),
+    "trained tokens of tied embeddings": (lambda: trained_tokens("qwen2"), 2),
     "trained bias": (lora_of("qwen2", target_modules=["q_proj", "v_proj"], bias="all"), 2),
 }
 
@@ -153,6 +170,24 @@ def test_an_adapter_says_something_of_its_own() -> None:
     with model.disable_adapter():
         plain = hf_generate(model, **call)
     assert hf_generate(model, **call).tolist() != plain.tolist()
+
+
+def test_trained_tokens_are_followed_from_step_to_step_and_beside_the_weights() -> None:
+    model = trained_tokens("qwen2")
+    call = prompt(LENGTHS, 3) | {"max_new_tokens": 16}
+    with model.disable_adapter():
+        seen = {str(hf_generate(model, **call).tolist())}
+    with hybrid_fx.hybridize(model, lora="side") as engine:
+        for _ in range(2):
+            got = engine.generate(**call)
+            assert got.tolist() == hf_generate(model, **call).tolist()
+            seen.add(str(got.tolist()))
+            optimizer = torch.optim.SGD(tokens_of(model), lr=30.0)
+            engine(input_ids=got, labels=got).loss.backward()
+            optimizer.step()
+        assert not engine.stats.fallbacks
+        assert engine.stats.counters["captures"] <= 1
+    assert len(seen) == 3
 
 
 def test_one_engine_follows_every_state_of_its_adapters() -> None:

@@ -100,6 +100,27 @@ SPELLINGS: dict[str, tuple[Make, str]] = {
         "neg leaky_relu",
     ),
     "x += y": (lambda b, x, y: b.raw(operator.iadd, b.raw("neg", x), y), "neg add"),
+    "F.linear(input=, weight=)": (
+        lambda b, x, y: b.raw(F.linear, input=x, weight=b.raw("flatten", y, 0, 1)),
+        "flatten linear",
+    ),
+    "F.embedding(input=, weight=)": (
+        lambda b, x, y: b.raw(
+            F.embedding,
+            input=b.raw("long", b.raw("gt", x, 0)),
+            weight=b.raw("flatten", y, 0, 1),
+            padding_idx=0,
+            max_norm=None,
+            norm_type=2.0,
+            scale_grad_by_freq=False,
+            sparse=False,
+        ),
+        "gt to flatten embedding",
+    ),
+    "x.index_copy(source=)": (
+        lambda b, x, y: b.raw("index_copy", x, dim=0, index=b.raw(torch.tensor, [1, 0]), source=y),
+        "tensor index_copy",
+    ),
     "layer_norm": (
         lambda b, x, y: b.raw(F.layer_norm, x, normalized_shape=(4,), eps=1e-3),
         "layer_norm",
@@ -162,6 +183,7 @@ def test_a_spelling_becomes_the_canonical_one(what: str) -> None:
     canonicalize(graph, Context())
     check_graph(graph, stage="canonicalize")
     assert _names(graph) == names
+    assert not any({"input", "weight", "source"} & n.kwargs.keys() for n in graph.nodes)
     assert same(run(graph, given)[0], before[0])
     assert same(list(run(graph, given)[1].values()), list(before[1].values()))
 
