@@ -23,6 +23,7 @@ from ..passes.operators import OPERATORS
 from .cache_windows import check_windows
 from .dynamo import Trace, trace
 from .grad_hooks import without_gradient_hooks
+from .mixed_precision import refuse_autocast, refuse_prepared
 from .peft_seam import traceable_adapters
 from .registry import canonical_attention
 
@@ -58,6 +59,7 @@ def _logits(
 
 
 def _refuse(model: nn.Module) -> None:
+    refuse_prepared(model)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(f"{type(model).__name__} is an encoder-decoder model")
@@ -170,6 +172,7 @@ def _named_tensors(model: nn.Module) -> dict[int, tuple[str, bool]]:
 def _bind(traced: Trace, model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.Graph:
     """Say what each placeholder stands for, where each node stands, and what its value is."""
     graph = traced.module.graph
+    refuse_autocast(graph)
     tensors = _named_tensors(model)
     identity = {id(tensor): name for name, tensor in inputs.items()}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
