@@ -165,6 +165,12 @@ GROUPS = (
                 "            noise.uniform_()\n",
             ),
             Fault(
+                "noise is that of rows which ran before",
+                "self._kept[0] != list(rows)",
+                "False",
+                (f"{_DRAWS}::test_any_rows_draw_what_they_draw_among_all",),
+            ),
+            Fault(
                 "rows that left draw nothing",
                 "                noise.view(torch.int64).random_()",
                 "                noise.view(torch.int64)",

@@ -55,6 +55,37 @@ GROUPS = (
         ),
     ),
     Group(
+        "capture",
+        "hybrid_fx/capture/grad_hooks.py",
+        tuple(
+            f"tests/capture/test_capture.py::{name}"
+            for name in (
+                "test_backward_hooks_are_no_part_of_inference_and_stay_in_their_places",
+                "test_a_training_capture_leaves_no_backward_hook_out",
+            )
+        ),
+        (
+            Fault("backward hooks are lost", "            hooks.update(all_of_them)\n", ""),
+            Fault(
+                "a training capture leaves a backward hook out",
+                "(module._backward_hooks, lambda _: training)",
+                "(module._backward_hooks, lambda _: False)",
+            ),
+        ),
+    ),
+    Group(
+        "capture",
+        "hybrid_fx/capture/mixed_precision.py",
+        ("tests/laws/test_mixed_precision.py",),
+        (
+            Fault(
+                "the autocast of accelerate is not found under what wraps it",
+                'forward = getattr(forward, "__wrapped__", None)',
+                "forward = None",
+            ),
+        ),
+    ),
+    Group(
         "workspace",
         "hybrid_fx/runtime/workspace.py",
         _SESSIONS,
@@ -117,6 +148,11 @@ GROUPS = (
                 "validity keeps the old order of rows",
                 "self._valid[to_device(rows, self._device)]",
                 "self._valid[: len(rows)]",
+            ),
+            Fault(
+                "rows on the host are looked up by a device that waits",
+                "self._valid[to_device(rows, self._device)]",
+                "self._valid[rows]",
             ),
             Fault(
                 "cropping keeps what it should forget",
