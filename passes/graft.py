@@ -2,8 +2,9 @@
 
 Passes work on a copy in the canonical spelling (:func:`working_copy`). Where a value that they
 replaced is used, the graph that is handed on uses the new node; every other node keeps its target,
-arguments, name, order and meta. Each replacement stands for one value, so each may be left out:
-those are that would read memory behind a write to it, or cross a scope such as autocast.
+arguments, name, order and meta; what depends on weights only may move in front of a new node that
+reads it. Each replacement stands for one value, so each may be left out: those are that would read
+memory behind a write to it, or cross a scope such as autocast.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from .binding import weight_only
 from .effects import is_opaque, written_memory
 from .graph import is_pure, order, path_of
 from .pattern import NoMatch
@@ -29,10 +31,12 @@ class Snapshot:
     Attributes:
         calls: Target and arguments of each node.
         written: Nodes of the original graph whose memory some call may write.
+        fixed: Nodes of the original graph that depend on weights only.
     """
 
     calls: Mapping[fx.Node, tuple[Any, Any, Any]]
     written: frozenset[fx.Node]
+    fixed: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def snapshot(work: fx.Graph) -> Snapshot:
     """What a working copy is like now, in its canonical spelling and before the passes."""
     written = (node.meta.get("origin") for node in written_memory(work))
     calls = {node: (node.target, node.args, node.kwargs) for node in work.nodes}
-    return Snapshot(calls, frozenset(node for node in written if node is not None))
+    fixed = (node.meta.get("origin") for node in weight_only(work))
+    return Snapshot(calls, frozenset(filter(None, written)), frozenset(filter(None, fixed)))
 
 
 def graft(original: fx.Graph, work: fx.Graph, before: Snapshot) -> Grafted:
@@ -213,8 +218,24 @@ class _Attempt:
         if origin in self._wanted:
             return self._value(self._wanted[origin], at, standing | {origin})
         if self._place[origin] > self._place[at]:
-            raise _Refused(NoMatch(origin.name, f"a value known before {at.name}", "a later one"))
+            self._move(origin, at)
         return self._copies[origin]
+
+    def _move(self, later: fx.Node, at: fx.Node) -> None:
+        """Compute what depends on weights only in front of ``at``; nothing else may move."""
+        same_scope = self._scope[later] == self._scope[at]
+        if not (same_scope and _erasable(later) and self._fixed(later)):
+            raise _Refused(NoMatch(later.name, f"a value known before {at.name}", "a later one"))
+        for source in later.all_input_nodes:
+            self._original(source, at, frozenset())
+        self._copies[at].prepend(self._copies[later])
+        self._place[later] = self._place[at]
+
+    def _fixed(self, node: fx.Node) -> bool:
+        """Whether a value depends on weights only; spelling left some of them out of the copy."""
+        sources = node.all_input_nodes
+        whole = bool(sources) and _erasable(node) and all(map(self._fixed, sources))
+        return node in self._before.fixed or whole
 
     def _drop(self, node: fx.Node, root: fx.Node) -> None:
         """Erase what only ``root`` needed; it must stand in the same scope."""

@@ -16,6 +16,10 @@ FUSED: dict[str, tuple[set[str], set[str]]] = {
         {"add_rms_norm", "rms_norm", "split_gated_mlp"},
         {"add_rms_norm", "rms_norm"},
     ),
+    "gemma2": (  # norms whose weights are computed, 1 + w, behind the sum that is normed
+        {"add_rms_norm", "rms_norm", "split_gated_mlp"},
+        {"add_rms_norm", "rms_norm"},
+    ),
     "gpt2": ({"add_layer_norm", "plain_mlp"}, {"add_layer_norm"}),
     "opt350": ({"add_layer_norm", "plain_mlp"}, {"add_layer_norm"}),
 }
