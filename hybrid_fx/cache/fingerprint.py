@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .users import is_record
+from .users import is_users
 
 PLAIN = (bool, int, float, str, bytes, type(None), complex)
 _DEPTH = 8
@@ -186,7 +186,9 @@ class Fingerprints:
         if isinstance(value, FunctionType):
             return {"function": self.function(value)}
         if isinstance(value, MethodType):
-            bound = [value.__func__, value.__self__]
+            # What a method of a user's reads of its object is told apart, see reach.py.
+            own = is_users(type(value.__self__).__module__)
+            bound = [value.__func__, type(value.__self__) if own else value.__self__]
             return {"method": [self.value(part, depth) for part in bound]}
         if isinstance(value, BuiltinFunctionType):
             return {"builtin": f"{value.__module__}.{value.__qualname__}"}
@@ -221,12 +223,8 @@ class Fingerprints:
             told["class"] = self.whole_class(kind)
         carried = getattr(value, "__dict__", None)
         if isinstance(carried, dict):
-            # No more: whatever an object points at may point at half of the program.
-            shallow = {
-                k: v
-                for k, v in carried.items()
-                if _is_plain(v) or isinstance(v, _CODE) or is_record(v)
-            }
+            # One level only: whatever an object points at may point at half of the program.
+            shallow = {k: v for k, v in carried.items() if _is_plain(v) or isinstance(v, _CODE)}
             told["carries"] = self.value(shallow, depth)
         return told
 

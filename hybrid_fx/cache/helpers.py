@@ -12,7 +12,7 @@ import os
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from .fingerprint import (
@@ -24,7 +24,7 @@ from .fingerprint import (
     sha256,
     text,
 )
-from .users import is_by_version, is_record, is_users
+from .users import is_by_version
 
 # What transformers 5.17 notes of each model class it builds, in a plain dict: which outputs can be
 # asked for. Later ones have a class for it.
@@ -94,11 +94,8 @@ def file_digest(path: str | None) -> str:
         return ""
 
 
-def used_globals(space: dict[str, Any], roots: Iterable[CodeType]) -> dict[str, Any]:
-    """The globals of one Python module that ``roots`` use, directly or through its functions.
-
-    What they use of another module of the user's stands under ``module.name``.
-    """
+def _used(space: dict[str, Any], roots: Iterable[CodeType]) -> dict[str, Any]:
+    """The globals of one Python module that ``roots`` use, directly or through its functions."""
     found: dict[str, Any] = {}
     work = deque(roots)
     while work:
@@ -107,9 +104,6 @@ def used_globals(space: dict[str, Any], roots: Iterable[CodeType]) -> dict[str, 
                 if name in found or name not in space:
                     continue
                 found[name] = value = space[name]
-                if isinstance(value, ModuleType) and is_users(value.__name__):
-                    there = vars(value)
-                    found |= {f"{name}.{n}": there[n] for n in code.co_names if n in there}
                 if isinstance(value, type):
                     inner = (
                         class_functions(value) if value.__module__ == space.get("__name__") else ()
@@ -138,8 +132,6 @@ def _told(value: Any, prints: Fingerprints, module_name: str) -> Any:
     # the process builds, and its state is not code.
     if type(value) in _CONSTANTS:
         return prints.value(value)
-    if is_record(value) and is_users(module_name):
-        return prints.value(value)
     return {"object": reference(type(value))}
 
 
@@ -155,7 +147,7 @@ def helper_modules(
     for group in roots.values():
         space = group[0].__globals__
         name = str(space.get("__name__", ""))
-        used = used_globals(space, (function.__code__ for function in group))
+        used = _used(space, (function.__code__ for function in group))
         keys = sorted(key for key in used if (name, key) not in _REGISTRIES)
         live = [(key, _told(used[key], prints, name)) for key in keys]
         result.append((name, file_digest(space.get("__file__")), sha256(text(live))))

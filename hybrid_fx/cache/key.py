@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..passes import __file__ as passes_file
 from .adapters import adapter_states, configs
 from .fingerprint import Fingerprints, reference, sha256, text
 from .helpers import class_functions, file_digest, functions_in, helper_modules
+from .reach import atoms_of, own_roots
 from .tree import (
     NOT_CONFIG,
     global_hooks,
@@ -57,6 +58,7 @@ class StructureKey:
         attributes: (path, JSON) of the other attributes of a module: numbers, strings, flags.
         config: (path, JSON) of each model config; with the attention implementation.
         hooks: (path, kind, digest) of forward and backward hooks, torch's global ones first.
+        own: Digest of what code of a user's in the forward may read.
         tensors: (name, kind, dtype, shape, device type), or (name, "tied", first name).
         parametrizations: (path, tensor, classes).
         adapters: (path, JSON) of adapter states and adapters' configs.
@@ -75,6 +77,7 @@ class StructureKey:
     attributes: Rows
     config: Rows
     hooks: Rows
+    own: str
     tensors: Rows
     parametrizations: Rows
     adapters: Rows
@@ -104,6 +107,7 @@ class StructureKey:
             attributes=attributes,
             config=_configs(tree, prints),
             hooks=tuple((path, kind, _digest(prints, hook)) for path, kind, hook in hooks),
+            own=_own(model, prints),
             tensors=_tensors(model),
             parametrizations=_parametrizations(tree),
             adapters=_adapters(model, prints),
@@ -186,6 +190,13 @@ def _config(config: Any, prints: Fingerprints) -> Any:
     private = {n: v for n, v in own.items() if n.startswith("_") and n not in inner}
     said = {k: v for k, v in config.to_dict().items() if k not in NOT_CONFIG and k not in inner}
     return [reference(type(config)), prints.value(said), prints.value(private), inner]
+
+
+def _own(model: nn.Module, prints: Fingerprints) -> str:
+    atoms = atoms_of(own_roots(model), [module for _, module in walk(model)])
+    return sha256(
+        *(prints.code(a) if isinstance(a, CodeType) else text(prints.value(a)) for a in atoms)
+    )
 
 
 def _tensors(model: nn.Module) -> Rows:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 import operator
 import sys
-from collections.abc import Hashable, Iterable
-from itertools import islice
+from collections.abc import Hashable
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from torch import nn
 
 from .fingerprint import class_items
-from .helpers import class_functions, functions_in, used_globals
+from .helpers import functions_in
+from .reach import atoms_of, is_own_kind, roots_among
 from .tree import (
     NOT_CONFIG,
     View,
@@ -26,12 +26,10 @@ from .tree import (
     own_hooks,
     walk,
 )
-from .users import is_by_version, is_record, is_users
+from .users import is_by_version
 
 _PLAIN = frozenset((bool, int, float, str, bytes, type(None), torch.dtype, torch.device))
-_DEPTH = 3
-_MOST = 1000  # entries of one container that are looked at; more of them are data, and no settings
-_CONTAINERS = (list, tuple, set, frozenset, dict)
+_DEPTH = 8  # as deep as the key reads
 
 
 class Stamp(Hashable):
@@ -75,10 +73,15 @@ class _Look:
         self._configs: set[int] = set()
         self._classes: set[type] = set()
         self._spaces: set[int] = set()
+        self._modules: list[nn.Module] = []
+        self._called: list[Any] = []
+        self._functions: set[int] = set()
+        self._containers: set[tuple[int, int]] = set()
         self._tensors: dict[int, int] = {}
 
     def module(self, module: nn.Module, training: bool) -> None:
         plain = self.plain
+        self._modules.append(module)
         kind = type(module)
         plain += (id(module), *module._modules)
         if training:
@@ -101,8 +104,10 @@ class _Look:
             plain.append(name)
             if type(value) in _PLAIN:
                 plain.append(value)
-            else:
-                self.value(value)
+                continue
+            self.value(value)
+            if is_code(value):
+                self._called.append(value)
         for kind_of_hook, hook in own_hooks(module):
             if not self._view.foreign_hook(hook):
                 self.hook(kind_of_hook, hook)
@@ -111,6 +116,8 @@ class _Look:
         if not is_ours(hook):
             self.plain.append(kind)
             self.code(hook)
+            if "forward" in kind:
+                self._called.append(hook)
 
     def one_class(self, kind: type) -> None:
         """What stands in a class and its bases, and in the Python modules they come from."""
@@ -127,9 +134,6 @@ class _Look:
             source = None if is_by_version(base.__module__) else sys.modules.get(base.__module__)
             if source is not None:
                 self.space(vars(source))
-                if is_users(base.__module__):
-                    self.plain_values(values)
-                    self.used(vars(source), [f.__code__ for f in class_functions(base)])
 
     def space(self, space: dict[str, Any]) -> None:
         """The functions, classes and constants of one Python module."""
@@ -142,24 +146,6 @@ class _Look:
             elif type(value) in _PLAIN or isinstance(value, type):
                 self.held.append(value)
 
-    def used(self, space: dict[str, Any], codes: list[CodeType]) -> None:
-        """What of the globals of a user's module the code reads and someone may write into."""
-        found = used_globals(space, codes)
-        self.plain += found
-        for value in found.values():
-            if isinstance(value, type):
-                if is_users(value.__module__) and value not in self._classes:
-                    self.one_class(value)
-            elif type(value) in _PLAIN or is_record(value):
-                self.value(value)
-        self.plain_values(found.values())
-
-    def plain_values(self, values: Iterable[Any]) -> None:
-        """The contents of what holds others."""
-        for value in values:
-            if isinstance(value, _CONTAINERS):
-                self.value(value)
-
     def value(self, value: Any, depth: int = 0) -> None:
         """Anything a module or config carries."""
         kind = type(value)
@@ -167,16 +153,8 @@ class _Look:
             self.plain.append(value)
         elif isinstance(value, enum.Enum):
             self.held.append(value)
-        elif isinstance(value, list | tuple | set | frozenset):
-            # The order of a set holds as long as nobody changes it, or costs one more key.
-            self.plain.append(len(value))
-            for item in islice(value, _MOST) if depth < _DEPTH else ():
-                self.value(item, depth + 1)
-        elif isinstance(value, dict):
-            self.plain.append(len(value))
-            for key, item in islice(value.items(), _MOST) if depth < _DEPTH else ():
-                self.value(key, depth + 1)
-                self.value(item, depth + 1)
+        elif isinstance(value, list | tuple | set | frozenset | dict):
+            self.container(value, depth)
         elif isinstance(value, torch.Tensor):
             self.plain += (value.dtype, value.shape)
         elif isinstance(value, nn.Module):
@@ -188,42 +166,57 @@ class _Look:
                 self.code(value)
         else:
             self.held.append(kind)
-            self.carried(value, depth)
+            self.carried(value)
 
-    def carried(self, value: Any, depth: int = 0) -> None:
-        """The plain values in an object's own ``__dict__``, also in containers and records."""
+    def container(self, value: Any, depth: int) -> None:
+        """A list, tuple, set or dictionary."""
+        self.plain.append(len(value))
+        if depth == _DEPTH or (id(value), depth) in self._containers:
+            return
+        self._containers.add((id(value), depth))
+        if not isinstance(value, dict):
+            # The order of a set holds as long as nobody changes it, or costs one more key.
+            for item in value:
+                self.value(item, depth + 1)
+            return
+        for key, item in value.items():
+            self.value(key, depth + 1)
+            self.value(item, depth + 1)
+
+    def carried(self, value: Any) -> None:
+        """The plain values in an object's own ``__dict__``."""
         for name, item in getattr(value, "__dict__", {}).items():
             if type(item) in _PLAIN:
                 self.plain += (name, item)
-            elif depth < _DEPTH and isinstance(item, _CONTAINERS):
-                self.plain.append(name)
-                self.value(item, depth + 1)
-            elif depth < _DEPTH and is_record(item):
-                self.plain.append(name)
-                self.carried(item, depth + 1)
 
     def code(self, value: Any) -> None:
         """Something to call: itself, and what its functions close over."""
         if isinstance(value, MethodType):
             self.plain.append(id(value.__self__))
-            self.carried(value.__self__)
+            if not is_own_kind(type(value.__self__)):
+                self.carried(value.__self__)
             value = value.__func__
         self.held.append(value)
         if type(value) is not FunctionType:
             self.carried(value)
         for function in functions_in(value):
             self.held += _parts(function)
+            if id(function) in self._functions:
+                continue  # what closes over itself comes back here
+            self._functions.add(id(function))
             for cell in function.__closure__ or ():
                 try:
                     self.value(cell.cell_contents)
                 except ValueError:  # the variable has no value yet
                     continue
             space = function.__globals__
-            name = str(space.get("__name__", ""))
-            if not is_by_version(name):
+            if not is_by_version(str(space.get("__name__", ""))):
                 self.space(space)
-            if is_users(name):
-                self.used(space, [function.__code__])
+
+    def own(self) -> None:
+        """What code of a user's may read, in the modules that were looked at."""
+        for atom in atoms_of(roots_among(self._modules, self._called), self._modules):
+            (self.held if isinstance(atom, CodeType | type) else self.plain).append(atom)
 
     def config(self, config: Any) -> None:
         """A model config and the configs inside it."""
@@ -253,4 +246,5 @@ def structure_stamp(model: nn.Module, *, training: bool = False, view: View | No
         look.module(module, training)
     for kind, hook in global_hooks():
         look.hook(kind, hook)
+    look.own()
     return Stamp(look.plain, look.held)

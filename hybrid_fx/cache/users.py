@@ -13,7 +13,10 @@ from torch import Tensor, nn
 _BY_VERSION = frozenset(("torch", "builtins", "hybrid_fx")) | sys.stdlib_module_names
 
 # Their modules hold registries that fill up with what a process does, and no settings of a user's.
-_LIBRARIES = frozenset(("transformers", "peft", "accelerate", "deepspeed"))
+_LIBRARIES = frozenset(
+    "transformers peft accelerate deepspeed huggingface_hub safetensors tokenizers numpy packaging "
+    "triton".split()
+)
 
 
 def is_by_version(module_name: str) -> bool:

@@ -42,4 +42,5 @@ def _name(source: Any) -> str:
 
 
 def _is_library(name: str) -> bool:
-    return any(name.startswith(f"G['__import_{library}_") for library in _NO_MATTER)
+    # As Dynamo names an imported module: G['__import_transformers_dot_models'].
+    return any(re.match(rf"G\['__import_{one}(_dot_|'\])", name) for one in _NO_MATTER)

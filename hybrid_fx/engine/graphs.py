@@ -121,7 +121,15 @@ class ModelGraphs:
 
     def read(self) -> None:
         """Find the plan of the model as it stands, in this process alone; prepare nothing."""
-        stamp = self._source.stamp()
+        try:
+            stamp = self._source.stamp()
+        except NO_MEMORY:
+            raise
+        except Exception as error:  # a model that cannot be read generates all the same
+            self._stamp, self._digest, self._unmatched = None, "", ""
+            if said(error) not in self.failure:
+                self._fail("not captured", error)
+            return
         if stamp != self._stamp:
             self._stamp = None  # until all of it went well
             self._read_structure()

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from ..errors import HybridError
 from ..generate import inference_mode_of
 from ..runtime.prepared import Gather
-from ..runtime.probe import DECODED
 from ..runtime.session import Timer
 
 #: ``(input_ids, position_ids) -> logits``; ids and positions [B, T], logits [B, T, V].
@@ -47,34 +46,6 @@ def by_module(model: nn.Module, changed: Mapping[str, Tensor]) -> Reference:
                 model, dict(changed), (), inputs, tie_weights=False
             ).logits
         return out
-
-    return reference
-
-
-def by_steps(model: nn.Module, changed: Mapping[str, Tensor]) -> Reference:
-    """The model's own forward as transformers generates by it: a prompt, then token by token.
-
-    Code of a user's may tell the two apart, and the graph is that of a prompt.
-    """
-
-    def reference(ids: Tensor, positions: Tensor) -> Tensor:
-        cache, logits = None, []
-        length = ids.shape[1]
-        first = max(1, length - DECODED)
-        with inference_mode_of(model):
-            for part in (slice(first), *(slice(at, at + 1) for at in range(first, length))):
-                inputs = {
-                    "input_ids": ids[:, part],
-                    "position_ids": positions[:, part],
-                    "past_key_values": cache,
-                    "use_cache": True,
-                }
-                out: Any = torch.func.functional_call(
-                    model, dict(changed), (), inputs, tie_weights=False
-                )
-                cache = out.past_key_values
-                logits.append(out.logits)
-        return torch.cat(logits, 1)
 
     return reference
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..cache.reach import own_roots
 from ..runtime import PlanRunner
 from ..runtime.probe import Verdict, probe
 from ..runtime.session import Timer
-from .own_code import runs_own_code
 from .plans import Plans
-from .proof import Reference, by_graph, by_module, by_steps, by_walk, telling, told_apart
+from .proof import Reference, by_graph, by_module, by_walk, telling, told_apart
 from .source import Source
+from .step_proof import differs_in_steps, may_ask_for_sizes
 from .together import Together
 
 
@@ -39,6 +40,10 @@ class Prover:
                 where no rank is to have all.
             limit: The model's maximum positions.
         """
+        source = self._source
+        if source.collective and may_ask_for_sizes(source.model, source.view):
+            why = "a hook or patch in it asks for sizes, which ranks do not try step by step"
+            return Verdict(True, why)
         try:
             if self._source.in_part:
                 with self._source.disguise(told_apart):
@@ -47,19 +52,18 @@ class Prover:
             weights = tensors | changed
             self._team.all(lambda: runner.prepare(weights))
             verdict = probe(runner, self._whole(weights, changed), limit)
-            if not verdict.difference and self._tells_steps_apart():
-                steps = by_steps(self._source.runnable(), changed)
-                for rows in (2, 1):
-                    if wrong := probe(runner, steps, limit, rows=rows).difference:
-                        return Verdict(True, wrong)
+            if not verdict.difference and self._runs_own_code():
+                model = self._source.runnable()
+                if difference := differs_in_steps(runner, model, changed, limit):
+                    return Verdict(True, difference)
             return verdict
         finally:
             runner.workspace.release()
 
-    def _tells_steps_apart(self) -> bool:
-        """Whether a user's code may do something else for a token than for a prompt."""
+    def _runs_own_code(self) -> bool:
+        """Whether code of a user's takes part, and this process has the weights to try it."""
         source = self._source
-        return not source.collective and runs_own_code(source.model, source.view)
+        return not source.collective and bool(own_roots(source.model, source.view))
 
     def _whole(self, weights: dict[str, Tensor], changed: dict[str, Tensor]) -> Reference:
         """The forward on ``weights``, of which ``changed`` are not the model's own."""

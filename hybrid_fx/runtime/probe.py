@@ -19,8 +19,7 @@ from torch import Tensor
 from .closeness import allowed_distance, distance_of
 from .runner import PlanRunner
 
-#: How many columns a probe decodes, one by one; those before are prefilled.
-DECODED = 2
+_DECODED = 2
 
 
 def _length(runner: PlanRunner, limit: int | None) -> int:
@@ -50,11 +49,7 @@ def _uncounted(_: str) -> Any:
 
 
 def probe(
-    runner: PlanRunner,
-    reference: Callable[[Tensor, Tensor], Tensor],
-    limit: int | None,
-    *,
-    rows: int = 2,
+    runner: PlanRunner, reference: Callable[[Tensor, Tensor], Tensor], limit: int | None
 ) -> Verdict:
     """Compare a prepared plan with ``reference(input_ids, position_ids) -> logits``.
 
@@ -63,21 +58,21 @@ def probe(
     length = _length(runner, limit)
     generator = torch.Generator("cpu").manual_seed(0)
     vocabulary = runner.plan.manifest.vocab_size
-    ids = torch.randint(vocabulary, (rows, length), generator=generator, device="cpu")
+    ids = torch.randint(vocabulary, (2, length), generator=generator, device="cpu")
     ids = ids.to(runner.device)
-    positions = torch.arange(length, device=runner.device).expand(rows, length)
+    positions = torch.arange(length, device=runner.device).expand(2, length)
     with torch.no_grad():
         wanted = reference(ids, positions)
-        session = runner.session(batch=rows, capacity=length, timer=_uncounted, recorded=False)
+        session = runner.session(batch=2, capacity=length, timer=_uncounted, recorded=False)
         try:
-            first = max(1, length - DECODED)
+            first = max(1, length - _DECODED)
             parts = [session.forward(ids[:, :first], positions[:, :first], keep=first)]
             for at in range(first, length):
                 parts.append(session.forward(ids[:, at : at + 1], positions[:, at : at + 1]))
-            # Once more, with the last row in place of the others: all say what the last said.
+            # Once more, with the second row in place of the first: both say what the second said.
             session.crop(length - 1)
-            session.reorder(torch.full((rows,), rows - 1, device=runner.device))
-            twice = session.forward(ids[-1:, -1:].expand(rows, 1), positions[:, -1:])
+            session.reorder(torch.tensor([1, 1], device=runner.device))
+            twice = session.forward(ids[1:, -1:].expand(2, 1), positions[:, -1:])
         finally:
             session.close()
     got = torch.cat(parts, 1)
@@ -91,4 +86,4 @@ def probe(
     if not distance <= allowed:
         said = f"its logits differ from the module's by {distance:.1e}, allowed {allowed:.0e}"
         return Verdict(True, said)
-    return Verdict(True, rows_apart=distance_of(twice, got[-1:, -1:].expand_as(twice)) <= allowed)
+    return Verdict(True, rows_apart=distance_of(twice, got[1:, -1:].expand_as(twice)) <= allowed)

@@ -82,6 +82,7 @@ FIELDS: dict[str, Change] = {
     "attributes": lambda m, _: setattr(layer(m).self_attn, "scaling", 0.25),
     "config": lambda m, _: setattr(m.config, "rms_norm_eps", 1e-3),
     "hooks": lambda m, _: layer(m).register_forward_pre_hook(plain_hook),
+    "own": lambda m, _: layer(m).register_forward_pre_hook(plain_hook),
     "tensors": lambda m, _: layer(m).mlp.to(torch.bfloat16),
     "parametrizations": lambda m, _: parametrize.register_parametrization(
         layer(m).mlp.up_proj, "weight", Doubled()

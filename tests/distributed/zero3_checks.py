@@ -163,11 +163,16 @@ def what_is_not_captured_generates_all_the_same(rank: int, **changes: Any) -> No
     def odd(module: Any, args: Any, output: Any) -> Any:
         return output * (1.0 if float(output.sum()) == float(output.sum()) else 2.0)
 
-    engine.module.model.layers[0].mlp.register_forward_hook(odd)
+    def by_size(module: Any, args: Any, output: Any) -> Any:
+        return output * (1.0 if output.shape[1] > 1 else float(module.training) + 1.0)
+
     expected = hf_tokens(weights(engine), False, call(rank))
-    assert torch.equal(engine.generate(**call(rank)), expected)
-    assert engine.stats.counters["hf_forwards"] > 0
-    assert "not captured" in str(engine.stats.fallbacks)
+    for hook, why in ((odd, "not captured"), (by_size, "asks for sizes")):
+        with engine.module.model.layers[0].mlp.register_forward_hook(hook):
+            forwards = engine.stats.counters["hf_forwards"]
+            assert torch.equal(engine.generate(**call(rank)), expected)
+            assert engine.stats.counters["hf_forwards"] > forwards
+            assert why in str(engine.stats.fallbacks)
 
 
 def a_model_built_in_shards_generates(rank: int, **changes: Any) -> None:

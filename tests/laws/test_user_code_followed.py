@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from laws import settings_of_a_user
 from laws.against_hf import hf_generate, same_tokens
+from laws.settings_of_a_user import scaled
 from tiny_models import prompt, tiny
 from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
 
 import hybrid_fx
 
 CALL = prompt([7, 4, 6]) | {"max_new_tokens": 8, "do_sample": False}
 SETTINGS: dict[str, Any] = {"steps": [1.0]}
+KEPT: list[Any] = []
 
 
 class Own:
@@ -26,6 +32,15 @@ class Own:
     def __init__(self) -> None:
         self.inner = {"strength": 1.0}
         self.calls = 0
+
+    def hook(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        """As a forward hook."""
+        return out * self.scale
+
+    @property
+    def scale(self) -> float:
+        """By how much."""
+        return self.inner["strength"]
 
 
 OWN = Own()
@@ -88,6 +103,64 @@ def test_a_module_that_tells_a_prompt_from_a_token_does_so_here_too() -> None:
     assert "do not reproduce it" in next(iter(engine.stats.fallbacks))
 
 
+def at_tokens_in_a_class(engine: Any, patch: pytest.MonkeyPatch) -> None:
+    plain = modeling_llama.LlamaMLP.forward
+
+    def forward(self: nn.Module, x: Tensor) -> Any:
+        return plain(self, x) * (-1.7 if x.shape[1] == 1 else 1.0)
+
+    patch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+
+
+def at_tokens_on_an_instance(engine: Any, patch: pytest.MonkeyPatch) -> None:
+    mlp = engine.module.model.layers[0].mlp
+    del mlp.act_fn
+    mlp.act_fn = lambda x: torch.relu(x) if x.shape[1] == 1 else torch.tanh(x)
+
+
+def where_a_mask_is_given(engine: Any, patch: pytest.MonkeyPatch) -> None:
+    def hook(module: nn.Module, args: Any, given: Any, out: Any) -> Any:
+        if given.get("attention_mask") is not None:
+            out.logits = -out.logits
+        return out
+
+    engine.module.register_forward_hook(hook, with_kwargs=True)
+
+
+def where_padding_is_seen(engine: Any, patch: pytest.MonkeyPatch) -> None:
+    def hook(module: nn.Module, args: Any, given: Any) -> Any:
+        return args, {**given, "attention_mask": None}
+
+    for layer in engine.module.model.layers:
+        layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def where_a_cache_is_long(engine: Any, patch: pytest.MonkeyPatch) -> None:
+    def hook(module: nn.Module, args: Any, given: Any, out: Any) -> Any:
+        cache = given.get("past_key_values")
+        long = cache is not None and cache.get_seq_length() > 11
+        return (out[0] * -1.7, *out[1:]) if long else out
+
+    engine.module.model.layers[0].self_attn.register_forward_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        at_tokens_in_a_class,
+        at_tokens_on_an_instance,
+        where_a_mask_is_given,
+        where_padding_is_seen,
+        where_a_cache_is_long,
+    ],
+)
+def test_what_only_generate_passes_is_tried(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = hybridized()
+    place(engine, monkeypatch)
+    same_tokens(engine, **CALL)
+    assert "do not reproduce it" in next(iter(engine.stats.fallbacks))
+
+
 def closed_over() -> tuple[Callable[..., Any], Callable[[float], None]]:
     kept = {"strengths": [1.0]}
 
@@ -127,8 +200,81 @@ def in_a_class() -> tuple[Callable[..., Any], Callable[[float], None]]:
     return lambda module, args, out: out * Own.strength, change
 
 
+def deep_in_a_closure() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    kept = {"a": {"b": [{"c": {"d": 1.0}}]}}
+
+    def change(value: float) -> None:
+        kept["a"]["b"][0]["c"]["d"] = value
+
+    return lambda module, args, out: out * kept["a"]["b"][0]["c"]["d"], change
+
+
+def in_a_default() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    kept = {"strength": 1.0}
+
+    def hook(module: nn.Module, args: Any, out: Tensor, kept: Any = kept) -> Tensor:
+        return out * kept["strength"]
+
+    def change(value: float) -> None:
+        kept["strength"] = value
+
+    return hook, change
+
+
+def in_an_argument() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    kept = SimpleNamespace(strength=1.0)
+
+    def hook(kept: Any, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out * kept.strength
+
+    def change(value: float) -> None:
+        kept.strength = value
+
+    return functools.partial(hook, kept), change
+
+
+def in_a_module() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    steer: Any = nn.Identity()
+    steer.inner = nn.Identity()
+
+    def change(value: float) -> None:
+        steer.inner.strength = value
+
+    return lambda module, args, out: out * steer.inner.strength, change
+
+
+def by_a_method() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    own = Own()
+
+    def change(value: float) -> None:
+        own.inner["strength"] = value
+        own.calls += 1  # which the method does not read
+
+    return own.hook, change
+
+
+def in_another_file() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    def change(value: float) -> None:
+        settings_of_a_user.SETTINGS["strength"] = value
+
+    return lambda module, args, out: scaled(out), change
+
+
 @pytest.mark.parametrize(
-    "place", [closed_over, in_a_namespace, in_a_global, in_an_object, in_a_class]
+    "place",
+    [
+        closed_over,
+        deep_in_a_closure,
+        in_a_default,
+        in_an_argument,
+        in_a_namespace,
+        in_a_global,
+        in_an_object,
+        in_a_class,
+        in_a_module,
+        by_a_method,
+        in_another_file,
+    ],
 )
 def test_what_a_hook_reads_is_followed_wherever_it_is_kept(place: Any) -> None:
     engine = hybridized()
@@ -174,3 +320,38 @@ def test_models_that_are_captured_in_threads_of_their_own_are_all_captured() -> 
     for thread in threads:
         thread.join()
     assert [dict(engine.stats.fallbacks) for engine in engines] == [{}] * len(engines)
+
+
+def test_what_the_owner_of_a_hook_counts_beside_it_costs_no_capture() -> None:
+    engine = hybridized()
+    own = Own()
+    hook(engine, own.hook)
+    for _ in range(3):
+        own.calls += 1
+        same_tokens(engine, **CALL)
+    assert engine.stats.counters["captures"] == 1
+
+
+def test_a_forward_that_closes_over_itself_is_read() -> None:
+    engine = hybridized()
+    layer = engine.module.model.layers[0]
+    plain = layer.forward
+
+    def forward(*args: Any, **given: Any) -> Any:
+        return plain(*args, **given)
+
+    forward.again = forward  # type: ignore[attr-defined]
+    layer.forward = functools.partial(forward)
+    layer.register_forward_hook(lambda module, args, out: out * len(KEPT[:1]))
+    KEPT.append(layer.forward)
+    same_tokens(engine, **CALL)
+    assert not engine.stats.fallbacks
+
+
+def test_code_that_may_read_too_much_runs_as_the_module_and_says_so() -> None:
+    engine = hybridized()
+    data = [[0.5] * 1000 for _ in range(101)]
+    hook(engine, lambda module, args, out: out * data[3][4])
+    for _ in range(2):
+        same_tokens(engine, **CALL)
+    assert "more than 100000 values" in next(iter(engine.stats.fallbacks))
