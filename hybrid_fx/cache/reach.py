@@ -106,7 +106,9 @@ def _patched(kinds: Iterable[type]) -> Iterator[FunctionType]:
     """Functions of a user's in the classes of libraries, and in the files that these stand in."""
     kinds = [kind for kind in kinds if not is_users(kind.__module__)]
     bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base is not object)
-    places = [(base.__module__, vars(base)) for base in bases if not is_users(base.__module__)]
+    places: list[tuple[str, Mapping[str, Any]]] = [
+        (base.__module__, vars(base)) for base in bases if not is_users(base.__module__)
+    ]
     files = dict.fromkeys(kind.__module__ for kind in kinds)
     places += [(name, vars(sys.modules[name])) for name in files if name in sys.modules]
     for name, there in places:

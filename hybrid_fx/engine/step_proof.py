@@ -105,8 +105,9 @@ def may_ask_for_sizes(model: nn.Module, view: View) -> bool:
     """Whether a hook or patch of a user's names a size and branches, as far as its code tells."""
     called = [root for root in own_roots(model, view) if not isinstance(root, nn.Module)]
     codes = (atom for atom in atoms_of(called, model.modules()) if isinstance(atom, CodeType))
-    return any(
-        _SIZES & {*code.co_names}
-        and any("JUMP_IF" in op.opname for op in dis.get_instructions(code))
-        for code in codes
-    )
+    return any(_SIZES & {*code.co_names} and _branches(code) for code in codes)
+
+
+def _branches(code: CodeType) -> bool:
+    names = (instruction.opname for instruction in dis.get_instructions(code))
+    return any("JUMP" in name and "_IF_" in name for name in names)

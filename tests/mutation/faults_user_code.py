@@ -40,7 +40,7 @@ GROUPS = (
         "what is a library's, of what a trace writes",
         "hybrid_fx/capture/assumed.py",
         ("tests/capture/test_assumed.py",),
-        (Fault("by the beginning of its name", "(_dot_|'\\\\])", ""),),
+        (Fault("by the beginning of its name", "(_dot_|'\\])", "_"),),
     ),
     Group(
         "steps of a user's code",
