@@ -26,6 +26,7 @@ from .tree import (
     is_code,
     is_config,
     is_ours,
+    is_part,
     own_attributes,
     own_hooks,
     walk,
@@ -57,7 +58,8 @@ class StructureKey:
             a patched ``forward`` or helper, an activation function.
         attributes: (path, JSON) of the other attributes of a module: numbers, strings, flags.
         config: (path, JSON) of each model config; with the attention implementation.
-        hooks: (path, kind, digest) of forward and backward hooks, torch's global ones first.
+        hooks: (path, kind, digest) of forward hooks, torch's global ones first; for a training
+            graph of backward hooks as well.
         own: Digest of what code of a user's in the forward may read.
         tensors: (name, kind, dtype, shape, device type), or (name, "tied", first name).
         parametrizations: (path, tensor, classes).
@@ -95,7 +97,7 @@ class StructureKey:
         attributes, overrides, code = _attributes(tree, prints)
         hooks = [("", kind, hook) for kind, hook in global_hooks()]
         hooks += [(p, kind, h) for p, module in tree for kind, h in own_hooks(module)]
-        hooks = [row for row in hooks if not is_ours(row[2])]
+        hooks = [row for row in hooks if is_part(row[1], training) and not is_ours(row[2])]
         functions = [f for value in code for f in functions_in(value)]
         functions += [f for _, _, hook in hooks for f in functions_in(hook)]
         functions += [f for one in (*config.passes, *config.policies) for f in functions_in(one)]

@@ -22,6 +22,7 @@ from .tree import (
     is_code,
     is_config,
     is_ours,
+    is_part,
     own_attributes,
     own_hooks,
     walk,
@@ -109,7 +110,7 @@ class _Look:
             if is_code(value):
                 self._called.append(value)
         for kind_of_hook, hook in own_hooks(module):
-            if not self._view.foreign_hook(hook):
+            if is_part(kind_of_hook, training) and not self._view.foreign_hook(hook):
                 self.hook(kind_of_hook, hook)
 
     def hook(self, kind: str, hook: Any) -> None:
@@ -245,6 +246,7 @@ def structure_stamp(model: nn.Module, *, training: bool = False, view: View | No
         look.plain.append(path)
         look.module(module, training)
     for kind, hook in global_hooks():
-        look.hook(kind, hook)
+        if is_part(kind, training):
+            look.hook(kind, hook)
     look.own()
     return Stamp(look.plain, look.held)

@@ -85,6 +85,11 @@ def own_hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield kind + flags, hook
 
 
+def is_part(kind: str, training: bool) -> bool:
+    """Whether a hook of this kind is part of a graph: the eval graph has no backward."""
+    return training or "forward" in kind
+
+
 class View:
     """What of a module tree is the model's own: here everything.
 

@@ -119,8 +119,10 @@ def told_apart(name: str, tensor: Tensor) -> Tensor:
         return tensor
     if tensor.dim() > 1 and bool(tensor.any()):
         return tensor
-    rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    noise = torch.randn(2, *tensor.shape, generator=rng).to(tensor.device, torch.float32)
+    rng = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+    noise = torch.randn(2, *tensor.shape, generator=rng, device="cpu").to(
+        tensor.device, torch.float32
+    )
     value = tensor.detach().float() * (1 + 0.1 * noise[0]) + 0.05 * noise[1]
     return value.to(tensor.dtype)
 

@@ -54,7 +54,8 @@ class Prover:
             verdict = probe(runner, self._whole(weights, changed), limit)
             if not verdict.difference and self._runs_own_code():
                 model = self._source.runnable()
-                if difference := differs_in_steps(runner, model, changed, limit):
+                padded = verdict.rows_apart
+                if difference := differs_in_steps(runner, model, changed, limit, padded=padded):
                     return Verdict(True, difference)
             return verdict
         finally:

@@ -24,7 +24,7 @@ from .loop import generate_fast
 from .no_rows import empty_result, has_no_rows
 from .protocol import Runner, Session
 from .request import causal_lm, resolve
-from .routes import RULES, Route, choose, padding_fault
+from .routes import RULES, Route, choose, is_padded, padding_fault
 from .session_cache import SessionCache, drop_finished
 from .settings import settings_of
 
@@ -117,6 +117,10 @@ def generate(
             if made is None:
                 route, why = Route.MODULE, "no captured graph"
                 check_positions(request)  # rows that have ended go on there
+            elif not made.rows_apart and is_padded(request):
+                # What stands in padding is each implementation's own, and reaches other rows.
+                route, made = Route.MODULE, None
+                why = "left padding where a row's logits depend on the rows beside it"
         if made is not None and route is Route.FAST:
             return generate_fast(
                 request,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..runtime.moving import to_device
 from .protocol import Session
 
 
@@ -76,9 +77,9 @@ def prefill(
     firsts, alike = distinct(columns) if shared else ([], [])
     again = len(firsts) < len(alike)
     if again:  # the memory stays: there is room for all rows later
-        rows = torch.tensor(firsts, device=columns.ids.device)
+        rows = torch.tensor(firsts, device="cpu")
         session.reorder(rows)
-        columns = columns.rows(rows)
+        columns = columns.rows(to_device(rows, columns.ids.device))
     prompt = columns.ids.shape[1]
     width = chunk or prompt
     for start in range(0, prompt, width):
@@ -91,7 +92,7 @@ def prefill(
             embeds=embeds,
         )
     if again:
-        rows = torch.tensor(alike, device=logits.device)
+        rows = torch.tensor(alike, device="cpu")
         session.reorder(rows)
-        logits = logits[rows]
+        logits = logits[to_device(rows, logits.device)]
     return logits

@@ -110,7 +110,7 @@ def _positions(r: Request) -> str | None:
     positions = r.model_kwargs.get("position_ids")
     # HF's generate reads the signature too: such a forward counts columns, padding included.
     if "position_ids" not in inspect.signature(r.causal.forward).parameters and (
-        positions is not None or (r.mask is not None and not bool(r.mask.all()))
+        positions is not None or is_padded(r)
     ):
         return f"the forward of {type(r.causal).__name__} names no position_ids"
     if positions is None or (isinstance(positions, Tensor) and positions.dim() == 2):
@@ -120,6 +120,11 @@ def _positions(r: Request) -> str | None:
 
 def _padding(r: Request) -> str | None:
     return None if r.mask is None else padding_fault(r.mask)
+
+
+def is_padded(r: Request) -> bool:
+    """Whether some column of some row is none of its prompt."""
+    return r.mask is not None and not bool(r.mask.all())
 
 
 def padding_fault(mask: Tensor) -> str | None:

@@ -133,10 +133,6 @@ MORE: dict[str, tuple[str, Change]] = {
         "hooks",
         lambda m, _: layer(m).mlp.act_fn.register_forward_hook(Steering(2.0)),
     ),
-    "a backward hook": (
-        "hooks",
-        lambda m, _: layer(m).register_full_backward_hook(lambda module, gi, go: None),
-    ),
     "attention implementation": (
         "config",
         lambda m, _: m.get_base_model().set_attn_implementation("eager"),

@@ -15,7 +15,9 @@ pytest.importorskip("peft")
 
 from changes import FIELDS, MORE, Change, Steering, adapted_llama, layer, scaled_forward, tiny_llama
 
+from hybrid_fx.cache.key import StructureKey
 from hybrid_fx.cache.stamp import structure_stamp
+from hybrid_fx.config import HybridConfig
 
 CHANGES: dict[str, Change] = {**FIELDS, **{name: change for name, (_, change) in MORE.items()}}
 
@@ -125,3 +127,16 @@ def test_a_stamp_costs_little() -> None:
         seconds.append(time.perf_counter() - start)
     # About 2 ms for 500 modules; ten times that on a machine that others use too.
     assert min(seconds) < 0.02
+
+
+def test_a_backward_hook_is_no_part_of_what_generates() -> None:
+    model = adapted_llama()
+    stamps = {training: structure_stamp(model, training=training) for training in (False, True)}
+    keys = {
+        training: StructureKey.of(model, HybridConfig(), training=training) for training in stamps
+    }
+    layer(model).register_full_backward_hook(lambda module, gi, go: None)
+    for training in (False, True):
+        key = StructureKey.of(model, HybridConfig(), training=training)
+        assert ("hooks" in key.differs(keys[training])) == training
+        assert (structure_stamp(model, training=training) != stamps[training]) == training

@@ -9,6 +9,7 @@ import pytest
 import torch
 from laws.against_hf import hf_generate
 from tiny_models import PAD, tiny
+from torch import nn
 
 import hybrid_fx
 
@@ -43,6 +44,19 @@ def test_a_hook_that_looks_across_rows_gives_the_tokens_of_transformers(
         assert engine.generate(**call).tolist() == wanted.tolist()
         assert not any("HF module" in way for way in engine.stats.fallbacks)
         assert any("rows beside it" in note for note in engine.explain().notes)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_with_padding_such_a_model_runs_as_the_module_and_says_so(beams: int) -> None:
+    model = tiny("qwen2")
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, nn.Softmax(dim=0))
+    mask = CALL["attention_mask"].clone()
+    mask[1, 0] = 0
+    call = {**CALL, "attention_mask": mask, "do_sample": False, "num_beams": beams}
+    wanted = hf_generate(copy.deepcopy(model), **call)
+    with hybrid_fx.hybridize(model) as engine:
+        assert engine.generate(**call).tolist() == wanted.tolist()
+        assert any("left padding where" in way for way in engine.stats.fallbacks)
 
 
 def test_rows_of_other_models_stand_apart() -> None:
