@@ -19,7 +19,8 @@ from ..passes import __file__ as passes_file
 from .adapters import adapter_states, configs
 from .fingerprint import Fingerprints, reference, sha256, text
 from .helpers import class_functions, file_digest, functions_in, helper_modules
-from .reach import atoms_of, own_roots
+from .reach import atoms_of
+from .roots import own_roots
 from .tree import (
     NOT_CONFIG,
     global_hooks,

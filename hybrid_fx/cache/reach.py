@@ -10,9 +10,15 @@ from __future__ import annotations
 
 import enum
 import functools
+import hashlib
+import os
+import re
 import sys
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import weakref
+from collections import UserList, deque
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from fractions import Fraction
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -27,22 +33,14 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError
 from .fingerprint import class_items, nested_code
-from .helpers import functions_in
-from .tree import (
-    MODULE_STATE,
-    View,
-    global_hooks,
-    is_code,
-    is_ours,
-    own_attributes,
-    own_hooks,
-    walk,
-)
+from .roots import Root, home_of, is_own_kind
+from .tree import MODULE_STATE, is_code
 from .users import is_record, is_users
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_SEQUENCES = (list, tuple, set, frozenset, deque)
+_BY_REPR = (range, slice, re.Pattern, Fraction, Decimal)
+_SEQUENCES = (list, tuple, set, frozenset, deque, UserList)
 
 # Where these are named, any attribute may be read.
 _ANY_NAME = frozenset(("getattr", "vars", "__dict__", "globals", "eval", "exec", "asdict"))
@@ -50,86 +48,24 @@ _ANY_NAME = frozenset(("getattr", "vars", "__dict__", "globals", "eval", "exec",
 #: Values that the code of one model may read; more of them are data, and not followed one by one.
 MOST = 100_000
 
-#: A user's callable, or a module of a user's class whose ``forward`` runs.
-Root = Any
+# What Python calls by itself and no trace does.
+_NEVER_RUN = frozenset(
+    "__repr__ __str__ __format__ __dir__ __hash__ __del__ __getstate__ __reduce__".split()
+)
 
-
-def own_roots(model: nn.Module, view: View | None = None) -> list[Root]:
-    """Where a forward of ``model`` enters code of a user's, in an order that two processes share.
-
-    Hooks, what can be called in a module's own ``__dict__``, forwards of own classes, and what a
-    user put into the classes and Python modules of libraries.
-    """
-    view = view or View()
-    modules = [module for _, module in walk(model)]
-    called = [hook for kind, hook in global_hooks() if "forward" in kind]
-    for module in modules:
-        hooks = (hook for kind, hook in own_hooks(module) if "forward" in kind)
-        called += [hook for hook in hooks if not view.foreign_hook(hook)]
-        own = own_attributes(module)
-        called += [v for name, v in own if is_code(v) and not view.foreign_attribute(name)]
-    return roots_among(modules, called)
-
-
-def roots_among(modules: Iterable[nn.Module], called: Iterable[Any]) -> list[Root]:
-    """See :func:`own_roots`.
-
-    Args:
-        called: Hooks and what can be called in a module's own ``__dict__``.
-    """
-    own: dict[type, bool] = {}
-    roots: list[Root] = []
-    for module in modules:
-        kind = type(module)
-        if kind not in own:
-            own[kind] = is_own_kind(kind)
-        if own[kind]:
-            roots.append(module)
-    roots += [value for value in called if _is_own(value)]
-    return roots + list(_patched(own))
-
-
-def is_own_kind(kind: type) -> bool:
-    """Whether a class, or one that it is made from, is a user's."""
-    return any(is_users(base.__module__) for base in kind.__mro__)
-
-
-def _is_own(value: Any) -> bool:
-    return not is_ours(value) and any(is_users(_home(f)) for f in functions_in(value))
-
-
-def _home(function: FunctionType) -> str:
-    return str(function.__globals__.get("__name__", ""))
-
-
-def _patched(kinds: Iterable[type]) -> Iterator[FunctionType]:
-    """Functions of a user's in the classes of libraries, and in the files that these stand in."""
-    kinds = [kind for kind in kinds if not is_users(kind.__module__)]
-    bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base is not object)
-    places: list[tuple[str, Mapping[str, Any]]] = [
-        (base.__module__, vars(base)) for base in bases if not is_users(base.__module__)
-    ]
-    files = dict.fromkeys(kind.__module__ for kind in kinds)
-    places += [(name, vars(sys.modules[name])) for name in files if name in sys.modules]
-    for name, there in places:
-        home = vars(sys.modules[name]) if name in sys.modules else {}
-        for value in list(there.values()):
-            if type(value) is FunctionType:
-                if value.__globals__ is not home or value.__closure__:
-                    yield from (f for f in functions_in(value) if _is_own(f))
-            elif isinstance(value, property | classmethod | staticmethod):
-                yield from (f for f in functions_in(value) if _is_own(f))
+#: Bytes of one array of numpy's that is taken whole.
+MOST_BYTES = 2**26
 
 
 class Reach:
     """One reading; :attr:`atoms` are plain values, code objects and classes, in order.
 
     Args:
-        tree: The modules of the model: their own attributes are read elsewhere.
+        tree: The modules of the model, which hooks are handed; by their ids.
         names: What the code names, as far as it is known; :attr:`found` is what this reading saw.
     """
 
-    def __init__(self, tree: Collection[int], names: frozenset[str]) -> None:
+    def __init__(self, tree: Mapping[int, nn.Module], names: frozenset[str]) -> None:
         self.atoms: list[Any] = []
         self.found: set[str] = set()
         self._tree = tree
@@ -145,6 +81,11 @@ class Reach:
             CaptureError: where that is more than :data:`MOST` values.
         """
         self._work.extend(roots)
+        for module in self._tree.values():
+            own = vars(module)
+            self._work += [
+                own[n] for n in sorted(self._names & own.keys()) if n not in MODULE_STATE
+            ]
         while self._work:
             self._value(self._work.popleft())
             if len(self.atoms) > MOST:
@@ -168,6 +109,14 @@ class Reach:
             self.atoms.append(value)
         elif isinstance(value, _TORCH_VALUES):
             self.atoms.append(str(value))
+        elif isinstance(value, _BY_REPR):
+            self.atoms += (type(value), repr(value))
+        elif isinstance(value, weakref.ref):
+            self._work.append(value())
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._work.append(value.__wrapped__)
+        elif isinstance(value, os._Environ):
+            self._work += [value.get(name) for name in sorted(self._names)]
         elif isinstance(value, Tensor):
             self.atoms += (str(value.dtype), tuple(value.shape))
         elif isinstance(value, type):
@@ -185,8 +134,8 @@ class Reach:
             self._work += (value.func, value.args, value.keywords)
         elif isinstance(value, staticmethod | classmethod):
             self._work.append(value.__func__)
-        elif hasattr(value, "__array_interface__"):  # numpy's: a trace takes what they hold
-            self.atoms += (value.dtype.str, value.shape, value.tobytes())
+        elif _is_array(value):
+            self._array(value)
         elif not isinstance(value, BuiltinFunctionType):
             self._object(value)
 
@@ -198,7 +147,19 @@ class Reach:
             for key, item in list(value.items()):
                 self._work += (key, item)
         else:
-            self._work += sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+            self._work += sorted(value, key=_place) if isinstance(value, set | frozenset) else value
+
+    def _array(self, value: Any) -> None:
+        """An array of numpy's: a trace takes what it holds."""
+        if value.dtype.hasobject:
+            self._work.append(value.tolist())
+            return
+        if value.nbytes > MOST_BYTES:
+            raise CaptureError(
+                f"code of yours in the forward may read an array of {value.nbytes} bytes, more "
+                f"than {MOST_BYTES}; make it a buffer of the model"
+            )
+        self.atoms += (value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
 
     def _python_module(self, module: ModuleType) -> None:
         """What of a user's module is named."""
@@ -218,18 +179,21 @@ class Reach:
                 cells.append(cell.cell_contents)
             except ValueError:  # the variable has no value yet
                 continue
-        if not is_users(_home(function)):
+        if not is_users(home_of(function)):
             self._work += [cell for cell in cells if is_code(cell)]  # decorators of libraries
             return
         self._work += (*cells, function.__defaults__, function.__kwdefaults__)
         names = _names_in(function.__code__)
         self.found |= names
+        self._work += [v for n, v in sorted(vars(function).items()) if n in self._names]
         space = function.__globals__
         for name in sorted(names):
             if name in space:
                 self._work.append(space[name])
-            elif name in sys.modules and is_users(name):  # imported inside
-                self._work.append(sys.modules[name])
+                continue
+            for module in (name, f"{space.get('__package__')}.{name}"):  # imported inside
+                if module in sys.modules and is_users(module):
+                    self._work.append(sys.modules[module])
 
     def _object(self, value: Any) -> None:
         """What of an object is named: in itself, and in a class of a user's."""
@@ -255,9 +219,8 @@ class Reach:
             if not is_users(base.__module__):
                 continue
             for name, item in class_items(base):
-                special = isinstance(item, FunctionType) and (
-                    name == "forward" or name.startswith("__")
-                )
+                special = name == "forward" or (name.startswith("__") and name not in _NEVER_RUN)
+                special &= isinstance(item, FunctionType)
                 if not (special or name in self._names or self._names & _ANY_NAME):
                     continue
                 if self._first(base, name):
@@ -276,7 +239,21 @@ def _names_in(code: CodeType) -> frozenset[str]:
 
 def _slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    private = kind.__name__.lstrip("_")
+    return tuple(
+        f"_{private}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names
+    )
+
+
+def _place(value: Any) -> str:
+    """Where a member of a set stands: what has an address in its repr, by its class."""
+    return repr(value) if isinstance(value, (*_PLAIN, tuple)) else type(value).__qualname__
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
 
 
 def atoms_of(roots: list[Root], modules: Iterable[nn.Module]) -> list[Any]:
@@ -288,7 +265,7 @@ def atoms_of(roots: list[Root], modules: Iterable[nn.Module]) -> list[Any]:
     """
     if not roots:
         return []
-    tree = {id(module) for module in modules}
+    tree = {id(module): module for module in modules}
     names: frozenset[str] = frozenset()
     while True:  # what is found may name more, of what was passed by
         reach = Reach(tree, names)

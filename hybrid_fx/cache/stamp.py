@@ -14,7 +14,8 @@ from torch import nn
 
 from .fingerprint import class_items
 from .helpers import functions_in
-from .reach import atoms_of, is_own_kind, roots_among
+from .reach import atoms_of
+from .roots import is_own_kind, roots_among
 from .tree import (
     NOT_CONFIG,
     View,
@@ -246,7 +247,6 @@ def structure_stamp(model: nn.Module, *, training: bool = False, view: View | No
         look.plain.append(path)
         look.module(module, training)
     for kind, hook in global_hooks():
-        if is_part(kind, training):
-            look.hook(kind, hook)
+        look.hook(kind, hook)  # those of backward too: with one there is no capture
     look.own()
     return Stamp(look.plain, look.held)

@@ -14,8 +14,9 @@ _BY_VERSION = frozenset(("torch", "builtins", "hybrid_fx")) | sys.stdlib_module_
 
 # Their modules hold registries that fill up with what a process does, and no settings of a user's.
 _LIBRARIES = frozenset(
-    "transformers peft accelerate deepspeed huggingface_hub safetensors tokenizers numpy packaging "
-    "triton".split()
+    "transformers peft accelerate deepspeed trl huggingface_hub safetensors tokenizers numpy "
+    "packaging triton einops liger_kernel bitsandbytes torchao flash_attn xformers wandb "
+    "tqdm".split()
 )
 
 
@@ -25,8 +26,12 @@ def is_by_version(module_name: str) -> bool:
 
 
 def is_users(module_name: str) -> bool:
-    """Whether a Python module is neither told by a version nor of the libraries around it."""
-    return not is_by_version(module_name) and module_name.partition(".")[0] not in _LIBRARIES
+    """Whether a Python module is neither told by a version nor of the libraries around it.
+
+    Generated code, of fx and Dynamo, has no name and is nobody's.
+    """
+    first = module_name.partition(".")[0]
+    return bool(first) and not is_by_version(module_name) and first not in _LIBRARIES
 
 
 def is_record(value: object) -> bool:

@@ -123,6 +123,10 @@ class ModelGraphs:
         """Find the plan of the model as it stands, in this process alone; prepare nothing."""
         try:
             stamp = self._source.stamp()
+            if stamp == self._stamp:
+                return
+            self._stamp = None  # until all of it went well
+            digest = self._plans.read()
         except NO_MEMORY:
             raise
         except Exception as error:  # a model that cannot be read generates all the same
@@ -130,10 +134,8 @@ class ModelGraphs:
             if said(error) not in self.failure:
                 self._fail("not captured", error)
             return
-        if stamp != self._stamp:
-            self._stamp = None  # until all of it went well
-            self._read_structure()
-            self._stamp = stamp
+        self._read_structure(digest)
+        self._stamp = stamp
 
     def _follow(self, whole: bool) -> None:
         """Bring plan and prepared tensors up to the model as it stands."""
@@ -172,9 +174,8 @@ class ModelGraphs:
         if self._config.strict:
             raise StrictError(f"{reason}; set strict=False to run that part as it is")
 
-    def _read_structure(self) -> None:
+    def _read_structure(self, digest: str) -> None:
         """Find the plan of the model as it stands now."""
-        digest = self._plans.read()
         self._prepared_version = None
         moved = self.runner is not None and self.runner.device != device_of(self._model)
         if digest == self._digest and not self.failure and not moved:

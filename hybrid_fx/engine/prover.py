@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cache.reach import own_roots
+from ..cache.roots import own_roots
 from ..runtime import PlanRunner
 from ..runtime.probe import Verdict, probe
 from ..runtime.session import Timer

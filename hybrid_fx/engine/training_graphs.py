@@ -146,7 +146,12 @@ class TrainingGraphs:
     def _proven(
         self, causal: Any, call: TrainingCall, names: str
     ) -> tuple[TrainingRunner, Proof] | str:
-        structure = self._structure()
+        try:
+            structure = self._structure()
+        except _NO_MEMORY:
+            raise
+        except Exception as error:  # a model that cannot be read trains all the same
+            return said(error)
         runner = structure.runners.get(names)
         if runner is None:
             runner = structure.runners[names] = self._bind(structure, names, call)

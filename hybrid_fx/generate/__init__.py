@@ -117,7 +117,7 @@ def generate(
             if made is None:
                 route, why = Route.MODULE, "no captured graph"
                 check_positions(request)  # rows that have ended go on there
-            elif not made.rows_apart and is_padded(request):
+            elif on_settings is None and not made.rows_apart and is_padded(request):
                 # What stands in padding is each implementation's own, and reaches other rows.
                 route, made = Route.MODULE, None
                 why = "left padding where a row's logits depend on the rows beside it"

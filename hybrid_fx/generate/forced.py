@@ -23,13 +23,13 @@ def forced_logits(
 
     Args:
         model: Of transformers or PEFT.
-        ids: int64 ``[B, T]``, without an end-of-sequence token behind column ``first``.
+        ids: int64 ``[B, T]``.
         mask: int64 ``[B, T]``, 0 for padding on the left.
         first: How many columns are the prompt.
         weights: By qualified name, in place of the model's own.
 
     Returns:
-        ``[B, T - first + 1, V]`` in the model's dtype: of the prompt's last column and those after.
+        ``[B, T - first + 1, V]``, float32: of the prompt's last column and those after.
     """
     inputs = {"input_ids": ids[:, :first], "attention_mask": mask[:, :first]}
     given = {f"model.{name}": tensor for name, tensor in weights.items()}
@@ -38,12 +38,6 @@ def forced_logits(
             _Forced(model, ids), given, (), inputs, tie_weights=False
         )
     return out
-
-
-def ends_of(model: nn.Module) -> list[int]:
-    """The end-of-sequence tokens of a model's generation config."""
-    ends = causal_lm(model).generation_config.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
 
 
 class _Forced(nn.Module):
@@ -65,7 +59,8 @@ class _Forced(nn.Module):
             return_dict_in_generate=True,
         )
         with instance_attribute(causal, "generation_config", config):
-            out = type(causal).generate(causal, **inputs, logits_processor=[self._choose])
+            given = {**inputs, "generation_config": config, "logits_processor": [self._choose]}
+            out = type(causal).generate(causal, **given)
         return torch.stack(out.logits, 1)
 
     def _choose(self, so_far: Tensor, scores: Tensor) -> Tensor:

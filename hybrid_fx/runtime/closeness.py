@@ -12,9 +12,13 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torc
 
 
 def distance_of(got: Tensor, wanted: Tensor) -> float:
-    """The Euclidean distance of two tensors, relative to the second."""
-    wide = wanted.float()
-    return float((got.float() - wide).norm() / wide.norm().clamp_min(1e-30))
+    """The Euclidean distance of two tensors, relative to the second.
+
+    Infinities must stand in the same places, as those of a hook that bans tokens.
+    """
+    alike = wanted.isinf() & (got == wanted)
+    wide = wanted.float().masked_fill(alike, 0)
+    return float((got.float().masked_fill(alike, 0) - wide).norm() / wide.norm().clamp_min(1e-30))
 
 
 def allowed_distance(manifest: Manifest) -> float:

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3, EXAONE 4: Llama's layer with its norms behind each half."""
+"""OLMo 2 and 3: Llama's layer with its norms behind each half."""
 
 from dataclasses import replace
 

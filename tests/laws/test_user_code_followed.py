@@ -13,7 +13,7 @@ import torch
 from laws import settings_of_a_user
 from laws.against_hf import hf_generate, same_tokens
 from laws.settings_of_a_user import scaled
-from tiny_models import prompt, tiny
+from tiny_models import VOCAB, prompt, tiny
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
@@ -260,9 +260,30 @@ def in_another_file() -> tuple[Callable[..., Any], Callable[[float], None]]:
     return lambda module, args, out: scaled(out), change
 
 
+def on_a_function() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out * hook.strength  # type: ignore[attr-defined]
+
+    def change(value: float) -> None:
+        hook.strength = value  # type: ignore[attr-defined]
+
+    return hook, change
+
+
+def in_a_range() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    kept = SimpleNamespace(part=range(1))
+
+    def change(value: float) -> None:
+        kept.part = range(1 if value > 0 else 2)
+
+    return lambda module, args, out: out * (1.0 - 1.5 * (1 in kept.part)), change
+
+
 @pytest.mark.parametrize(
     "place",
     [
+        on_a_function,
+        in_a_range,
         closed_over,
         deep_in_a_closure,
         in_a_default,
@@ -354,4 +375,37 @@ def test_code_that_may_read_too_much_runs_as_the_module_and_says_so() -> None:
     hook(engine, lambda module, args, out: out * data[3][4])
     for _ in range(2):
         same_tokens(engine, **CALL)
+    assert "more than 100000 values" in next(iter(engine.stats.fallbacks))
+
+
+def test_settings_on_a_librarys_module_are_followed() -> None:
+    engine = hybridized()
+    engine.module.model.layers[0].mlp.steer = SimpleNamespace(gains={"strength": [1.0]})
+    hook(engine, lambda module, args, out: out * module.mlp.steer.gains["strength"][0])
+    for value in (1.0, -2.0):
+        engine.module.model.layers[0].mlp.steer.gains["strength"][0] = value
+        same_tokens(engine, **CALL)
+    assert not engine.stats.fallbacks
+
+
+def test_tokens_that_a_hook_bans_do_not_keep_the_steps_from_being_tried() -> None:
+    engine = hybridized()
+    banned = torch.zeros(VOCAB)
+    banned[7] = -torch.inf
+    engine.module.lm_head.register_buffer("banned", banned)
+    engine.module.lm_head.register_forward_hook(lambda module, args, out: out + module.banned)
+    same_tokens(engine, **CALL)
+    assert not engine.stats.fallbacks
+    hook(engine, at_tokens)
+    same_tokens(engine, **CALL)
+    assert "do not reproduce it" in next(iter(engine.stats.fallbacks))
+
+
+def test_a_training_graph_of_what_cannot_be_read_runs_the_module() -> None:
+    model = tiny("llama", 3).train()
+    data = [[0.5] * 1000 for _ in range(101)]
+    model.model.layers[0].register_forward_hook(lambda module, args, out: out * data[3][4])
+    engine: Any = hybrid_fx.hybridize(model, disk_cache=False, train_graph=True)
+    ids = CALL["input_ids"]
+    engine(input_ids=ids, labels=ids).loss.backward()
     assert "more than 100000 values" in next(iter(engine.stats.fallbacks))

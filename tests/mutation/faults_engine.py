@@ -107,8 +107,8 @@ GROUPS = (
             ),
             Fault(
                 "a structure that changed is not captured again",
-                "        if stamp != self._stamp:\n",
-                "        if self._stamp is None:\n",
+                "            if stamp == self._stamp:\n",
+                "            if self._stamp is not None:\n",
                 (f"{_FOLLOWED}::test_a_changed_structure_is_captured_again",),
             ),
         ),

@@ -68,7 +68,7 @@ GROUPS = (
     ),
     Group(
         "whose code it is",
-        "hybrid_fx/cache/reach.py",
+        "hybrid_fx/cache/roots.py",
         (_OWN,),
         (
             Fault(
