@@ -7,7 +7,10 @@ from mutant import Fault, Group
 _WINDOWS = "tests/laws/test_windows_followed.py"
 _OWN = "tests/laws/test_user_code_followed.py"
 _SIZES = f"{_OWN}::test_a_hook_that_looks_at_sizes_gives_the_tokens_of_transformers"
-_READS = f"{_OWN}::test_what_a_hook_reads_is_followed_wherever_it_is_kept"
+_READS = (
+    "tests/laws/test_user_settings_followed.py"
+    "::test_what_a_hook_reads_is_followed_wherever_it_is_kept"
+)
 
 GROUPS = (
     Group(
