@@ -138,6 +138,7 @@ def test_a_peer_in_its_own_process_is_measured_in_turn(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.deep
 def test_each_way_to_run_the_graphs_can_be_asked_for() -> None:
     for graph in ("eager", "inductor", "cudagraphs"):
         assert "--graph {eager,inductor,cudagraphs}" in benchmark("--graph", graph, "--help")

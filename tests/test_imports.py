@@ -123,6 +123,7 @@ for module in modules:
 """
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_every_module_imports_alone_in_a_fresh_process() -> None:
     modules = [module_name(path) for path in sources()]

@@ -50,7 +50,7 @@ def measure(dtype: str, lora: str) -> dict[str, int]:
 
     step()
     graphs = engine._graphs
-    graphs._read_structure()
+    graphs.read()
     tensors = graphs.tensors()
     graphs._prove(tensors)  # what runs once in a process: code pages, thread pools
     graphs.runner.measure(tensors)

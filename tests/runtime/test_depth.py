@@ -76,6 +76,7 @@ def calls_of_planning(depth: int) -> int:
     return count
 
 
+@pytest.mark.deep
 def test_planning_grows_with_depth_and_not_with_its_square() -> None:
     calls_of_planning(1)  # what is done once in a process
     four, eight, sixteen = (calls_of_planning(depth) for depth in (4, 8, 16))
