@@ -19,6 +19,7 @@ ORDER = (
     "passes.policies",
     "errors",
     "config",
+    "compat",
     "capture",
     "plan",
     "cache",

@@ -1,0 +1,1 @@
+"""What is assumed of other libraries, one file an upstream: names, signatures, protocols."""
