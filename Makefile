@@ -21,10 +21,21 @@ READY  := $(VENV)/.ready
 PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 TYPED  := build/typed
 
-.PHONY: test test-deep test-device golden mutants demo bench bench-peers lint format clean
+# The oldest releases that setup.cfg names, in an environment of their own, and what users rely on
+# most: the laws, generate, the key of plans, the training graph.
+OLDEST     := build/oldest
+OLD_PACKAGES := torch transformers peft rich
+OLD_TESTS  := tests/laws tests/generate tests/compat tests/cache/test_key.py \
+              tests/engine/test_train_graph.py
+oldest      = $(shell sed -n 's/^ *$(1)>=\([0-9.]*\)$$/$(1)==\1.*/p' setup.cfg | head -1)
+
+.PHONY: test test-oldest test-deep test-device golden mutants demo bench bench-peers lint format clean
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal $(OLD_TESTS) $(ARGS)
 
 test-deep: $(READY)
 	HYPOTHESIS_PROFILE=deep $(PYTEST) -m deep $(ARGS)
@@ -68,6 +79,13 @@ format: $(READY)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+$(OLDEST)/.ready: setup.cfg pyproject.toml
+	"$(PYTHON)" -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q "$(call oldest,torch)"
+	$(OLDEST)/bin/python -m pip install -q -e ".[test]" \
+	    $(foreach p,$(OLD_PACKAGES),"$(call oldest,$(p))")
+	@touch $@
 
 # The stamp is written last: an interrupted set-up is started again. A python that already has a
 # torch for its GPU lends it to .venv.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.metadata
 import os
+import platform
 
 # Before anything imports torch or transformers; the processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,6 +50,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = f"needs a CUDA GPU: torch {torch.__version__} sees none on this machine"
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which releases the tests ran on, and what the processor can do."""
+    terminalreporter.write_line(f"ran on {ran_on()}")
+
+
+def ran_on() -> str:
+    """The releases that matter, and what torch sees of the processor."""
+    import torch
+
+    found = [platform.python_version()]
+    for name in ("torch", "transformers", "peft", "accelerate", "deepspeed"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    isa = torch.backends.cpu.get_cpu_capability() + (f", oneDNN up to {limit}" if limit else "")
+    return f"Python {', '.join(found)}; {isa}"
 
 
 @pytest.fixture

@@ -148,6 +148,25 @@ def test_a_wrong_arrow_is_seen(importer: str, imported: str) -> None:
     assert broken_arrow(importer, imported)
 
 
+#: Upstreams that move, and the one folder that names them.
+MOVING = {"transformers": "hybrid_fx/compat/transformers.py"}
+#: Arguments and fields that one of them has renamed.
+RENAMED = ("past_key_values", "cache_params", "cache_position")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_moving_upstream_is_named_in_one_file(path: Path) -> None:
+    at = str(path.relative_to(ROOT))
+    wrong = [f"imports {name}" for _, name in imports(path) if at != MOVING.get(root(name), at)]
+    if at not in MOVING.values():
+        wrong += [f"names {name}" for name in RENAMED if name in path.read_text()]
+    assert not wrong, f"{at}: {wrong}"
+
+
+def root(module: str) -> str:
+    return module.split(".")[0]
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_short_and_narrow(path: Path) -> None:
     lines = path.read_text().splitlines()

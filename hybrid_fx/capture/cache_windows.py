@@ -1,7 +1,4 @@
-"""The seam to transformers' KV cache, for what it forgets: its windows belong to its generate.
-
-Tried on transformers 5.17 and 5.23.
-"""
+"""The seam to transformers' KV cache, for what it forgets: its windows belong to its generate."""
 
 from __future__ import annotations
 
@@ -9,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from transformers.cache_utils import DynamicCache
 
+from ..compat.transformers import DynamicCache
 from ..errors import CaptureError
 
 _WINDOW = 4  # of the arguments of the canonical op

@@ -1,8 +1,7 @@
 """The seam to transformers' attention and mask registries, for the time of one capture.
 
 An entry under a private name makes every attention arrive as the canonical op, without a mask in
-the graph. Entry, configured implementation and masks are restored whatever happens. Tried on
-transformers 5.17 and 5.23.
+the graph. Entry, configured implementation and masks are restored whatever happens.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..compat.transformers import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
 from ..errors import CaptureError
 
 _NAME = "hybrid_fx_capture"

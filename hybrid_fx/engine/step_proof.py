@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..cache.reach import atoms_of
 from ..cache.roots import own_roots
 from ..cache.tree import View
+from ..compat.transformers import TELLS_LENGTHS
 from ..generate import causal_lm
 from ..generate.forced import forced_logits
 from ..runtime import PlanRunner
@@ -28,7 +29,7 @@ from ..runtime.closeness import allowed_distance, distance_of
 PROMPT, STEPS = 9, 8
 
 # What tells how many rows and tokens there are.
-_SIZES = frozenset("shape size len numel get_seq_length cache_position".split())
+_SIZES = frozenset(("shape", "size", "len", "numel", *TELLS_LENGTHS))
 
 #: Left padding of the rows of each batch.
 BATCHES = ((0, 3), (0,))

@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.transformers import output_cache_name
 from ..generate import position_limit
 from ..runtime.closeness import TOLERANCE
 from ..runtime.configured import loss_of
+from ..runtime.random_state import random_state, set_random_state
 from ..runtime.training import TrainingRunner
 from .proof import telling
 from .training_call import TrainingCall
 
 _ROWS = 3
 _IGNORED = -100
-#: Fields of a model's output that the graph gives, and the one that it leaves out.
-_FIELDS = {"loss", "logits", "past_key_values"}
+#: Fields of a model's output that the graph gives; it leaves out the KV cache.
+_FIELDS = ("loss", "logits")
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,17 @@ def prove(
         torch.enable_grad(),
         without_checkpointing(model),
     ):
-        start = _state(device)
+        start = random_state(device)
 
         def by_module() -> _Step:
-            _set_state(device, start)
+            set_random_state(device, start)
             return _by_module(model, batch, stand_ins)
 
         mine = _by_graph(causal, runner, batch, stand_ins)
         theirs = by_module()
         kind = type(theirs.output)
         fields = {name for name, value in theirs.output.items() if value is not None}
-        if extra := sorted(fields - _FIELDS):
+        if extra := sorted(fields - {*_FIELDS, output_cache_name(kind)}):
             return Proof(kind, f"the module returns {', '.join(extra)} as well")
         if not all(bool(value.isfinite().all()) for value in theirs.results.values()):
             return Proof(kind, settled=False)
@@ -199,7 +201,7 @@ def _by_module(model: nn.Module, batch: TrainingCall, weights: Mapping[str, Tens
 
 def _step(loss: Tensor | None, logits: Tensor, weights: Mapping[str, Tensor], output: Any) -> _Step:
     """The results by name, gradients included."""
-    state = _state(logits.device)
+    state = random_state(logits.device)
     results = {"logits": logits.detach()}
     if loss is not None:
         results["loss"] = loss.detach()
@@ -234,17 +236,3 @@ def _difference(mine: _Step, theirs: _Step, *, within: bool = False) -> str:
     if not torch.equal(mine.state, theirs.state):
         return "it draws other random numbers than the module"
     return ""
-
-
-def _state(device: torch.device) -> Tensor:
-    own = torch.get_rng_state()
-    if device.type == "cpu":
-        return own
-    return torch.cat((own, torch.get_device_module(device).get_rng_state(device)))
-
-
-def _set_state(device: torch.device, state: Tensor) -> None:
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size].clone())
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[size:].clone(), device)

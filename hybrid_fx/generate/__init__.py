@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.transformers import under_current_names
 from ..errors import StrictError
 from .checks import check_positions, check_request, position_limit
 from .guard import inference_mode_of, instance_attribute
@@ -89,8 +90,9 @@ def generate(
         StrictError: with ``strict``, where the call would run the original module.
         TypeError, ValueError: HF's own, for arguments it refuses.
     """
+    kwargs = under_current_names(kwargs)
     prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    lengths, kwargs = take_lengths(drop_finished(dict(kwargs), prompt))
+    lengths, kwargs = take_lengths(drop_finished(kwargs, prompt))
     kind: Any = type(model)
     plain = kind.generate.__get__(model) if plain_generate is None else plain_generate
     with torch.no_grad(), inference_mode_of(model), instance_attribute(model, "generate", plain):
@@ -133,7 +135,7 @@ def generate(
             try:
                 result = generate_by_loop(request, made)
             except UnservedError as reason:
-                if reason.begun:
+                if reason.final:
                     raise
                 why = str(reason)
             else:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat.transformers import cache_of
 from ..errors import InputError
 from .request import Request
 
@@ -82,7 +83,7 @@ def _check_ids(ids: Tensor, vocabulary: int | None) -> None:
 
 
 def _check_mask(ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-    if model_kwargs.get("past_key_values") is not None:
+    if cache_of(model_kwargs) is not None:
         return  # then the mask also covers the columns of the prefix
     mask = model_kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):

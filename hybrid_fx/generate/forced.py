@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
+from ..compat.transformers import GenerationConfig
 from .guard import inference_mode_of, instance_attribute
 from .request import causal_lm
 

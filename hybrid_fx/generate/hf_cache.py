@@ -1,7 +1,4 @@
-"""A caller's own ``DynamicCache``: what a session starts from, and is written back to.
-
-Tried with transformers 5.17 and 5.23.
-"""
+"""A caller's own ``DynamicCache``: what a session starts from, and is written back to."""
 
 from __future__ import annotations
 
@@ -9,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..compat.transformers import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    cache_argument,
+)
 
 #: Layers whose keys and values are plain tensors ``[B, K, T, D]``.
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -18,11 +21,11 @@ _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 def cache_fault(cache: Any) -> str | None:
     """Why keys and values cannot be taken out of ``cache`` and put back, or None."""
     if type(cache) is not DynamicCache:
-        return f"past_key_values is a {type(cache).__name__}"
+        return f"{cache_argument()} is a {type(cache).__name__}"
     if getattr(cache, "offloading", False):
-        return "past_key_values is offloaded"
+        return f"{cache_argument()} is offloaded"
     odd = next((layer for layer in cache.layers if type(layer) not in _PLAIN), None)
-    return None if odd is None else f"past_key_values has a {type(odd).__name__}"
+    return None if odd is None else f"{cache_argument()} has a {type(odd).__name__}"
 
 
 def prefix_of(cache: Any) -> list[tuple[Tensor, Tensor]]:

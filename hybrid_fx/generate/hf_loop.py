@@ -13,9 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..compat.transformers import (
+    WITHOUT_EFFECT,
+    DynamicCache,
+    cache_argument,
+    cache_of,
+    forward_output,
+    output_without_cache,
+    set_cache,
+)
 from ..errors import HybridError
 from .embeds import embeds_fault
 from .guard import instance_attribute
@@ -24,32 +31,32 @@ from .protocol import Runner
 from .request import Request
 from .routes import EXACT_CACHES, padding_fault
 from .session_cache import SessionCache
-
-# HF's loops hand these to every forward; they change no logits of a session.
-WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position", "tokenizer", "assistant_tokenizer")
+from .starting_over import Beginning
 
 
 class UnservedError(HybridError, RuntimeError):
     """HF's loop asked the forward for something a session does not do.
 
     Attributes:
-        begun: Whether a forward ran before, so that the call cannot start over unseen.
+        final: Whether the call has gone too far to start over on the module unseen.
     """
 
-    def __init__(self, asked: str, *, begun: bool) -> None:
-        super().__init__(f"the model's generation loop asks its forward for {asked}")
-        self.begun = begun
+    def __init__(self, asked: str, *, final: bool) -> None:
+        remedy = "; call the model itself, outside of its engine" if final else ""
+        super().__init__(f"the model's generation loop asks its forward for {asked}{remedy}")
+        self.final = final
 
 
 def generate_by_loop(request: Request, runner: Runner) -> Any:
     """Run HF's ``generate`` with our forward and cache.
 
     Returns:
-        What HF's loop returns. Its ``past_key_values`` is the caller's own cache, extended; where
-        none was given it holds the token ids only.
+        What HF's loop returns. The KV cache in it is the caller's own, extended; where none was
+        given it holds the token ids only.
 
     Raises:
-        UnservedError: where the forward is asked for more than logits of token ids.
+        UnservedError: where the forward is asked for more than logits of token ids. Unless it is
+            final, random numbers and streamer are as they were.
     """
     if request.setting("cache_implementation") in EXACT_CACHES:
         request.fix("cache_implementation", None)
@@ -59,32 +66,35 @@ def generate_by_loop(request: Request, runner: Runner) -> Any:
     causal = request.causal
     depth = causal.config.get_text_config(decoder=True).num_hidden_layers
     cache = SessionCache(depth, origin=_origin(request))
-    forward = session_forward(causal, runner, cache, capacity=request.total)
+    beginning = Beginning(request)
+    forward = session_forward(causal, runner, cache, beginning, capacity=request.total)
     try:
         with instance_attribute(causal, "forward", forward):
-            result = request.generate_by_hf(past_key_values=cache)
+            result = request.generate_by_hf(**{cache_argument(): cache})
         cache.give_back()
+    except UnservedError as error:
+        if not error.final:
+            beginning.restore()
+        raise
     finally:
         cache.release()
     if isinstance(result, Tensor):
         return result
     if not cached:
-        return type(result)(**{k: v for k, v in result.items() if k != "past_key_values"})
-    if cache.origin is not None:
-        result["past_key_values"] = cache.origin
-    return result
+        return output_without_cache(result)
+    return result if cache.origin is None else set_cache(result, cache.origin)
 
 
 def _origin(request: Request) -> Any:
     """The caller's cache; a new one where no token ids could be kept to start from again."""
-    origin = request.model_kwargs.get("past_key_values")
+    origin = cache_of(request.model_kwargs)
     wanted = request.embeds is not None and request.setting("return_dict_in_generate")
     return DynamicCache(config=request.causal.config) if origin is None and wanted else origin
 
 
 def session_forward(
-    causal: Any, runner: Runner, cache: SessionCache, *, capacity: int
-) -> Callable[..., CausalLMOutputWithPast]:
+    causal: Any, runner: Runner, cache: SessionCache, beginning: Beginning, *, capacity: int
+) -> Callable[..., Any]:
     """A stand-in for ``causal.forward`` under the same signature (HF's generate inspects it).
 
     It appends the given columns ``[B, T]`` to the session of ``cache``, opened at the first call,
@@ -95,11 +105,11 @@ def session_forward(
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **others: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
+        past = others.pop(cache_argument(), None)
         others = {name: value for name, value in others.items() if name not in WITHOUT_EFFECT}
         asked = [name for name, value in others.items() if value is not None and value is not False]
         if isinstance(logits_to_keep, Tensor):
@@ -113,13 +123,13 @@ def session_forward(
             asked.append(f"position_ids of shape {list(position_ids.shape)}")
         begun = cache.session is not None
         if cache.origin is not None and not runner.holds_keys:
-            asked.append("past_key_values, of which each rank would hold a part")
+            asked.append(f"{cache_argument()}, of which each rank would hold a part")
         if not begun and attention_mask is not None:
             asked += filter(None, [padding_fault(attention_mask)])
             if attention_mask.shape != (batch, cache.get_seq_length() + width):
                 asked.append(f"an attention mask of shape {list(attention_mask.shape)}")
         if asked:
-            raise UnservedError(", ".join(asked), begun=begun)
+            raise UnservedError(", ".join(asked), final=beginning.final)
 
         assert isinstance(logits_to_keep, int)
         if not begun:
@@ -127,10 +137,12 @@ def session_forward(
             try:
                 cache.open(runner.session(batch=batch, capacity=room), attention_mask)
             except ValueError as error:
-                raise UnservedError(f"a prefix in past_key_values: {error}", begun=False) from error
-        elif past_key_values is None:
+                said = f"a prefix in {cache_argument()}: {error}"
+                raise UnservedError(said, final=beginning.final) from error
+        elif past is None:
             cache.reset()  # the loop starts over with the whole sequence
         assert cache.session is not None
+        beginning.served()
         columns = next_columns(input_ids, attention_mask, position_ids, cache.get_seq_length())
         plain = inputs_embeds is None and not cache.get_seq_length() and runner.rows_apart
         logits = prefill(
@@ -141,7 +153,7 @@ def session_forward(
             embeds=inputs_embeds,
         )
         cache.append(columns.ids)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return forward_output(logits, cache)
 
     forward.__signature__ = inspect.signature(causal.forward)  # type: ignore[attr-defined]
     return forward

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from ..compat.transformers import StoppingCriteria, StoppingCriteriaList
 from ..errors import InputError
 from .request import Request
 

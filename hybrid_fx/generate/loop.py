@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..compat.transformers import GenerateDecoderOnlyOutput, set_cache
 from ..runtime.moving import is_asynchronous
 from .checks import position_limit
 from .choose import Choose, largest
@@ -94,12 +94,10 @@ def generate_fast(
         if not generation_config.return_dict_in_generate:
             return record.ids
         cached = SessionCache(depth, record.ids[:, :-1]) if model_kwargs["use_cache"] else None
-        return GenerateDecoderOnlyOutput(
-            sequences=record.ids,
-            scores=record.scores,
-            logits=record.logits,
-            past_key_values=cached,
+        output = GenerateDecoderOnlyOutput(
+            sequences=record.ids, scores=record.scores, logits=record.logits
         )
+        return output if cached is None else set_cache(output, cached)
 
     return request.generate_by_hf(custom_generate=decode_within_hf)
 

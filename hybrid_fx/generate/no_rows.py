@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.generation.utils import (
-    GenerateBeamDecoderOnlyOutput,
-    GenerateDecoderOnlyOutput,
-)
-
+from ..compat.transformers import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from .request import Request
 
 

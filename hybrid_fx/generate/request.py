@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.utils import GenerationMixin
 
+from ..compat.transformers import GenerationMixin
 from ..errors import InputError
 
 # Taken off the keyword arguments by generate() before they reach the generation config.

@@ -35,10 +35,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
-from transformers.generation.utils import GenerationMixin
 
 from ..cache.adapters import active_adapters, configs
+from ..compat.transformers import (
+    ALL_STATIC_CACHE_IMPLEMENTATIONS,
+    GenerationMixin,
+    cache_argument,
+    cache_of,
+    loop_fault,
+)
 from .hf_cache import cache_fault
 from .request import Request
 
@@ -66,8 +71,6 @@ PLAIN_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"),
     *("output_attentions", "output_hidden_states"),  # these have a rule of their own
 )
-# What a prompt may start from beside or in place of token ids.
-STARTING_INPUTS = ("inputs_embeds", "past_key_values")
 # These override prepare_inputs_for_generation for the sake of long rope only.
 PLAIN_WITHOUT_LONGROPE = ("Phi3ForCausalLM", "PhimoeForCausalLM")
 
@@ -101,7 +104,7 @@ def _peft(r: Request) -> str | None:
 
 
 def _inputs(r: Request) -> str | None:
-    known = (*PLAIN_INPUTS, *STARTING_INPUTS)
+    known = (*PLAIN_INPUTS, *_starting_inputs())
     given = [k for k, v in r.model_kwargs.items() if v is not None and k not in known]
     return f"model inputs {', '.join(sorted(given))}" if given else None
 
@@ -210,16 +213,22 @@ def _loop_mode(r: Request) -> str | None:
     return None if r.mode in ("greedy_search", "sample") else r.mode.replace("_", " ")
 
 
+def _starting_inputs() -> tuple[str, ...]:
+    """What a prompt may start from beside or in place of token ids."""
+    return ("inputs_embeds", cache_argument())
+
+
 def _start(r: Request) -> str | None:
-    given = [k for k in STARTING_INPUTS if r.model_kwargs.get(k) is not None]
+    given = [k for k in _starting_inputs() if r.model_kwargs.get(k) is not None]
     return " and ".join(given) or None
 
 
 def _prefix(r: Request) -> str | None:
-    cache = r.model_kwargs.get("past_key_values")
+    cache = cache_of(r.model_kwargs)
     if cache is None:
         return None
-    return "past_key_values without use_cache" if not r.setting("use_cache") else cache_fault(cache)
+    without = f"{cache_argument()} without use_cache"
+    return without if not r.setting("use_cache") else cache_fault(cache)
 
 
 def _stop_strings(r: Request) -> str | None:
@@ -232,8 +241,8 @@ def _wrapped(r: Request) -> str | None:
     needed = _loop_mode(r) or _stop_strings(r) or _start(r) or own_inputs
     if needed is None:
         return None
-    if own_inputs and r.arguments.get("streamer") is not None:
-        return f"{own_inputs}, and a streamer"  # the call could not start over unseen
+    if (fault := loop_fault()) is not None:
+        return f"{needed}; {fault}"
     hooks = (causal._forward_hooks, causal._forward_pre_hooks, vars(causal).get("_hf_hook"))
     if any(hooks) or causal._compiled_call_impl is not None:
         return f"{needed} with a hook or a compiled call on the model"

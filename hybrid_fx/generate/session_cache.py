@@ -6,15 +6,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from ..compat.transformers import HeldCache, cache_argument, cache_of
 from ..errors import InputError
 from .hf_cache import extend, prefix_of
 from .protocol import Session
 
 
-class SessionCache(Cache):  # type: ignore[misc]
-    """What HF's loops hold as ``past_key_values`` while a session runs, and what is left after.
+class SessionCache(HeldCache):
+    """What HF's loops hold as the KV cache while a session runs, and what is left after.
 
     It also keeps the token ids of the columns, so that a later call can be given this cache: the
     KV memory went back to the engine, but the prompt that continues these ids is all that
@@ -27,8 +27,7 @@ class SessionCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, layers: int, ids: Tensor | None = None, *, origin: Any = None) -> None:
-        super().__init__(layers=[])
-        self.depth = layers
+        super().__init__(layers)
         self.session: Session | None = None
         self.ids = torch.empty(0, 0, dtype=torch.int64, device="cpu") if ids is None else ids
         self.origin = origin
@@ -59,19 +58,12 @@ class SessionCache(Cache):  # type: ignore[misc]
         """Note the tokens ``[B, T]`` of the columns a forward just added."""
         self.ids = torch.cat([self.ids, ids], -1) if self.ids.numel() else ids
 
-    def __len__(self) -> int:
-        return self.depth
-
     def __repr__(self) -> str:
         return f"SessionCache(columns={self.get_seq_length()}, live={self.session is not None})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """S, the columns held."""
         return int(self.ids.shape[1])
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: it grows."""
-        return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns after ``query_length`` more, and the first of them."""
@@ -86,11 +78,6 @@ class SessionCache(Cache):  # type: ignore[misc]
     def is_initialized(self) -> bool:
         """Whether columns are held."""
         return self.get_seq_length() > 0
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """The workspace keeps every column; windows are in the graphs."""
-        return [False] * self.depth
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` continues old row ``beam_idx[i]``."""
@@ -155,7 +142,7 @@ def drop_finished(kwargs: dict[str, Any], ids: Tensor | None) -> dict[str, Any]:
     Raises:
         InputError: where the prompt does not begin with the cached tokens.
     """
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if not isinstance(cache, SessionCache):
         return kwargs
     columns = cache.get_seq_length()
@@ -163,7 +150,7 @@ def drop_finished(kwargs: dict[str, Any], ids: Tensor | None) -> dict[str, Any]:
     if head is None or not torch.equal(head, cache.ids):
         got = list(ids.shape) if isinstance(ids, Tensor) else None
         raise InputError(
-            f"past_key_values holds tokens {list(cache.ids.shape)}, and input_ids {got} does not "
-            "begin with them; pass the whole sequence, prefix included"
+            f"{cache_argument()} holds tokens {list(cache.ids.shape)}, and input_ids {got} does "
+            "not begin with them; pass the whole sequence, prefix included"
         )
-    return {key: value for key, value in kwargs.items() if key != "past_key_values"}
+    return {key: value for key, value in kwargs.items() if key != cache_argument()}

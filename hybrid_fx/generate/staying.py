@@ -1,8 +1,8 @@
 """May rows that have finished leave the batch: does what chooses tokens look across rows?
 
 What transformers makes out of its own settings, and what is listed here, treats each row by
-itself; read with 5.17 and 5.23. Anything else (a processor of the user's, a watermark, a function
-of the prefix that is told row numbers, a guidance) is given all rows, as by transformers.
+itself; read with 5.17, 5.23 and 5.24. Anything else (a processor of the user's, a watermark, a
+function of the prefix that is told row numbers, a guidance) is given all rows, as by transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import functools
 from typing import Any
 
 from torch import Tensor
-from transformers.generation import logits_process, stopping_criteria
+
+from ..compat.transformers import logits_process, stopping_criteria
 
 #: Logits processors whose effect on a row depends on its own tokens and scores alone; see
 #: :func:`of_rows`. Not those of an encoder's input, which hold the prompts of all rows.

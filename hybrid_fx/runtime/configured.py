@@ -1,7 +1,7 @@
 """The seam to what a transformers model is configured with: attention, masks, checkpointing, loss.
 
 A training graph computes with the very functions that the module would call. Each is looked up
-when it is called, as the module does. Tried on transformers 5.23.
+when it is called, as the module does.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..compat.transformers import (
+    ALL_ATTENTION_FUNCTIONS,
+    GradientCheckpointingLayer,
+    build_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from ..errors import CaptureError
 from ..passes.thread_masks import MASKS
 
@@ -104,11 +108,11 @@ def build_masks(
     """
     shaped = torch.empty((), dtype=dtype, device=input_ids.device).expand(*input_ids.shape, 1)
     return [
-        build(
+        build_mask(
+            build,
             config=config,
             inputs_embeds=shaped,
             attention_mask=attention_mask,
-            past_key_values=None,
             position_ids=position_ids,
         )
         if kind in kinds

@@ -8,6 +8,7 @@ from engines import call, plain, weights
 from teams import same, started
 from tiny_models import PAD, prompt, tiny
 from torch import Tensor
+from upstream_names import CACHE
 
 from hybrid_fx.capture import plain_linear
 from hybrid_fx.errors import EngineClosedError, InputError, RankError
@@ -179,9 +180,9 @@ def what_ranks_cannot_share_runs_the_module(rank: int, stage: int) -> None:
     table = held["model.embed_tokens.weight"]
     embedded = {**given, "inputs_embeds": table[given.pop("input_ids")]}
     del embedded["input_ids"]
-    cached = {**call(rank), "past_key_values": DynamicCache()}
-    for case, said in ((embedded, "inputs_embeds"), (cached, "past_key_values")):
-        fresh = {k: DynamicCache() if k == "past_key_values" else v for k, v in case.items()}
+    cached = {**call(rank), CACHE: DynamicCache()}
+    for case, said in ((embedded, "inputs_embeds"), (cached, CACHE)):
+        fresh = {k: DynamicCache() if k == CACHE else v for k, v in case.items()}
         with plain_linear():
             expected = reference.generate(**fresh)
         if stage == 3:

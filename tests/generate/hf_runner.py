@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
+from upstream_names import CACHE
 
 
 class HFRunner:
@@ -67,7 +68,7 @@ class HFSession:
             inputs_embeds=embeds,
             position_ids=position_ids,
             attention_mask=None if self.valid.all() else self.valid.long(),
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
             logits_to_keep=keep,
         )

@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from upstream_names import CACHE
 
 ROWS = prompt((3, 9, 1, 6))
 
@@ -106,7 +107,7 @@ def test_without_a_cache_the_output_object_has_none() -> None:
     ran = same_as_hf(
         shared_model(), **ROWS, max_new_tokens=3, return_dict_in_generate=True, use_cache=False
     )
-    assert ran.result.past_key_values is None
+    assert getattr(ran.result, CACHE) is None
 
 
 def test_a_long_prompt_is_fed_in_the_chunks_asked_for() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from generate.same_as_hf import is_fast, new_model, prompt, run, same_as_hf, shared_model, watched
+from upstream_names import CACHE
 
 from hybrid_fx.errors import InputError
 from hybrid_fx.generate import SessionCache, generate, inference_mode_of
@@ -92,12 +93,12 @@ def test_an_instance_generate_is_never_entered_and_comes_back() -> None:
 def test_a_returned_cache_continues_a_conversation() -> None:
     model = shared_model()
     first = run(model, **ROWS, max_new_tokens=5, return_dict_in_generate=True, eos_token_id=None)
-    cache = first.result.past_key_values
+    cache = first.result[CACHE]
     assert isinstance(cache, SessionCache)
     assert cache.get_seq_length() == 10
     longer = torch.cat([first.result.sequences, torch.tensor([[7, 8], [9, 4]])], -1)
     mask = torch.nn.functional.pad(ROWS["attention_mask"], (0, 7), value=1)
-    again = run(model, longer, attention_mask=mask, past_key_values=cache, max_new_tokens=4)
+    again = run(model, longer, attention_mask=mask, **{CACHE: cache}, max_new_tokens=4)
     assert is_fast(again)
     expected = model.generate(longer, attention_mask=mask, max_new_tokens=4)
     assert again.result.tolist() == expected.tolist()
@@ -105,13 +106,11 @@ def test_a_returned_cache_continues_a_conversation() -> None:
 
 def test_a_returned_cache_refuses_what_it_cannot_do() -> None:
     model = shared_model()
-    cache = run(
-        model, **ROWS, max_new_tokens=5, return_dict_in_generate=True
-    ).result.past_key_values
+    cache = run(model, **ROWS, max_new_tokens=5, return_dict_in_generate=True).result[CACHE]
     with pytest.raises(InputError, match="does not begin with them; pass the whole sequence"):
-        run(model, torch.tensor([[7, 8], [9, 4]]), past_key_values=cache)
+        run(model, torch.tensor([[7, 8], [9, 4]]), **{CACHE: cache})
     with pytest.raises(InputError, match="holds no keys; pass it to generate"):
-        model(torch.tensor([[7], [9]]), past_key_values=cache)
+        model(torch.tensor([[7], [9]]), **{CACHE: cache})
 
 
 def test_the_cache_repeats_selects_and_crops_the_rows_of_its_session() -> None:

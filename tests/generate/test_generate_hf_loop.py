@@ -23,6 +23,7 @@ from generate.same_as_hf import (
 from transformers import ByT5Tokenizer, GenerationConfig, Phi3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
+from upstream_names import CACHE
 
 from hybrid_fx.errors import HybridError
 
@@ -69,7 +70,7 @@ def test_beam_scores_are_hfs() -> None:
     asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     ran = same_as_hf(shared_model(), **ROWS, num_beams=3, max_new_tokens=6, **asked)
     assert ran.result.sequences_scores.shape == (4,)
-    assert "live=False" in repr(ran.result.past_key_values)
+    assert "live=False" in repr(ran.result[CACHE])
 
 
 @pytest.mark.parametrize("padding", [0, 3])
@@ -135,7 +136,7 @@ def test_a_loop_that_starts_over_drops_the_columns() -> None:
     class Forgetful(type(model)):  # type: ignore[misc]
         def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> Any:
             if input_ids.shape[1] == 12:
-                kwargs |= {"past_key_values": None, "next_sequence_length": None}
+                kwargs |= {CACHE: None, "next_sequence_length": None}
             return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     model.__class__ = Forgetful

@@ -18,6 +18,7 @@ from generate.same_as_hf import (
 )
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, StaticCache
+from upstream_names import CACHE
 
 from hybrid_fx.errors import InputError
 
@@ -51,7 +52,7 @@ def prefilled(model: Any, rows: dict[str, Any], columns: int, **options: Any) ->
             rows["input_ids"][:, :columns],
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     return cache
 
@@ -142,10 +143,10 @@ def test_a_prefix_gives_hfs_tokens(family: str, columns: int) -> None:
     model = shared_model(family)
 
     def make() -> dict[str, Any]:
-        return {"past_key_values": prefilled(model, ROWS, columns)}
+        return {CACHE: prefilled(model, ROWS, columns)}
 
     ran = same_as_hf(model, **ROWS, **LENGTH, make=make)
-    assert looped(ran, "past_key_values")
+    assert looped(ran, CACHE)
     assert ran.runner.calls[0] == (4, 9 - columns, 1)
 
 
@@ -156,7 +157,7 @@ def test_a_prefix_of_windowed_layers_gives_hfs_tokens(mode: str) -> None:
     expanded = {k: v.repeat_interleave(3, 0) for k, v in rows.items()} if mode == "beams" else rows
 
     def make() -> dict[str, Any]:
-        return {"past_key_values": prefilled(model, expanded, 10, config=model.config)}
+        return {CACHE: prefilled(model, expanded, 10, config=model.config)}
 
     ran = same_as_hf(model, **rows, **LENGTH, **MODES[mode], make=make)
     assert ran.runner.calls[0] == (len(expanded["input_ids"]), 2, 1)
@@ -168,10 +169,10 @@ def test_the_callers_cache_is_extended_as_hf_extends_it(given: str) -> None:
     start = ROWS if given == "ids" else embedded(model, ROWS)
     asked = {"return_dict_in_generate": True, **LENGTH}
     theirs, ours = (prefilled(model, ROWS, 5) for _ in range(2))
-    expected = model.generate(**start, past_key_values=theirs, **asked)
-    ran = run(model, **start, past_key_values=ours, **asked)
+    expected = model.generate(**start, **{CACHE: theirs}, **asked)
+    ran = run(model, **start, **{CACHE: ours}, **asked)
     assert_same(ran.result, expected)
-    assert ran.result.past_key_values is ours
+    assert ran.result[CACHE] is ours
     assert ours.get_seq_length() == theirs.get_seq_length() == 9 + 6
     mask = ROWS["attention_mask"].bool()
     seen = torch.cat([mask, torch.ones(4, 6, dtype=torch.bool)], -1)
@@ -187,8 +188,8 @@ def test_beams_leave_the_rows_of_the_cache_as_hf_does() -> None:
     tripled = {k: v.repeat_interleave(3, 0) for k, v in rows.items()}
     asked = {"num_beams": 3, **LENGTH}
     theirs, ours = (prefilled(model, tripled, 4) for _ in range(2))
-    model.generate(**rows, past_key_values=theirs, **asked)
-    run(model, **rows, past_key_values=ours, **asked)
+    model.generate(**rows, **{CACHE: theirs}, **asked)
+    run(model, **rows, **{CACHE: ours}, **asked)
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         torch.testing.assert_close(mine.keys, other.keys, rtol=1e-4, atol=1e-5)
 
@@ -198,10 +199,10 @@ def test_one_cache_carries_a_conversation() -> None:
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     ids = prompt((5, 5))["input_ids"]
     for turn in range(3):
-        expected = model.generate(ids, past_key_values=caches[0], **LENGTH)
-        ran = run(model, ids, past_key_values=caches[1], **LENGTH)
+        expected = model.generate(ids, **{CACHE: caches[0]}, **LENGTH)
+        ran = run(model, ids, **{CACHE: caches[1]}, **LENGTH)
         assert ran.result.tolist() == expected.tolist()
-        assert looped(ran, "past_key_values")
+        assert looped(ran, CACHE)
         ids = torch.cat([expected, prompt((3, 3), seed=turn)["input_ids"]], -1)
 
 
@@ -210,9 +211,9 @@ def test_a_cache_returned_for_embeddings_can_be_continued() -> None:
     asked = {"return_dict_in_generate": True, **LENGTH}
     given = {"inputs_embeds": embedded(model, prompt((6, 6)))["inputs_embeds"]}
     first = run(model, **given, **asked).result
-    assert type(first.past_key_values) is DynamicCache
-    other = model.generate(**given, **asked).past_key_values
-    assert first.past_key_values.get_seq_length() == other.get_seq_length() == 6 + 6
+    assert type(first[CACHE]) is DynamicCache
+    other = model.generate(**given, **asked)[CACHE]
+    assert first[CACHE].get_seq_length() == other.get_seq_length() == 6 + 6
 
 
 def test_an_error_leaves_the_callers_cache_as_it_was() -> None:
@@ -222,7 +223,7 @@ def test_an_error_leaves_the_callers_cache_as_it_was() -> None:
     runner = run(model, **ROWS, max_new_tokens=1).runner
     runner.fail_at = len(runner.calls) + 3
     with pytest.raises(KeyboardInterrupt):
-        run(model, **ROWS, past_key_values=cache, **LENGTH, runner=runner)
+        run(model, **ROWS, **{CACHE: cache}, **LENGTH, runner=runner)
     for layer, keys in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
 
@@ -231,10 +232,10 @@ def test_another_kind_of_cache_is_left_to_the_module() -> None:
     model = shared_model()
 
     def make() -> dict[str, Any]:
-        return {"past_key_values": StaticCache(config=model.config, max_cache_len=32)}
+        return {CACHE: StaticCache(config=model.config, max_cache_len=32)}
 
     ran = same_as_hf(model, **ROWS, **LENGTH, make=make)
-    assert ran.fallbacks == ["HF module: past_key_values is a StaticCache"]
+    assert ran.fallbacks == [f"HF module: {CACHE} is a StaticCache"]
 
 
 @pytest.mark.parametrize("odd", ["rows", "dtype"])
@@ -245,7 +246,7 @@ def test_a_prefix_that_does_not_fit_gets_hfs_error(odd: str) -> None:
     for layer in (layer for cache in caches for layer in cache.layers if odd == "dtype"):
         layer.keys = layer.keys.double()
     with pytest.raises(RuntimeError) as expected:
-        model.generate(**ROWS, **LENGTH, past_key_values=caches[0])
+        model.generate(**ROWS, **LENGTH, **{CACHE: caches[0]})
     with pytest.raises(RuntimeError) as got:
-        run(model, **ROWS, **LENGTH, past_key_values=caches[1])
+        run(model, **ROWS, **LENGTH, **{CACHE: caches[1]})
     assert str(got.value) == str(expected.value)

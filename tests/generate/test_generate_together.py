@@ -10,6 +10,7 @@ from generate.hf_runner import HFRunner
 from tiny_models import prompt, tiny
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
+from upstream_names import CACHE
 
 from hybrid_fx.errors import InputError
 from hybrid_fx.generate import generate
@@ -103,13 +104,13 @@ def test_a_prompt_without_rows_gives_none_and_takes_part() -> None:
 
 
 def test_a_callers_cache_goes_to_the_module_where_sessions_hold_no_keys() -> None:
-    cached = {**prompt([4]), "past_key_values": DynamicCache()}
+    cached = {**prompt([4]), CACHE: DynamicCache()}
     kept = Asked()
     kept(**cached)
-    assert kept.fallbacks == ["HF loop: past_key_values"]
+    assert kept.fallbacks == [f"HF loop: {CACHE}"]
     asked = Asked(holds_keys=False)
     expected = asked.model.generate(**prompt([4]), max_new_tokens=2, do_sample=False)
-    found = asked(**{**cached, "past_key_values": DynamicCache()})
+    found = asked(**{**cached, CACHE: DynamicCache()})
     assert torch.equal(found, expected)
     assert asked.fallbacks[0].startswith("HF module: the model's generation loop asks its forward")
-    assert "past_key_values, of which each rank would hold a part" in asked.fallbacks[0]
+    assert f"{CACHE}, of which each rank would hold a part" in asked.fallbacks[0]

@@ -17,6 +17,7 @@ from laws.recorded_engines import ENDS, GREEDY, engine_of, family, sizes_of, ste
 from tape import TapeRecorder, taped
 from tiny_models import VOCAB, prompt, tiny
 from transformers import DynamicCache
+from upstream_names import CACHE
 
 import hybrid_fx
 from hybrid_fx.generate import loop
@@ -148,7 +149,7 @@ def test_a_prefix_in_a_cache_is_gone_on_from(tapes: type[TapeRecorder]) -> None:
     caches, found = [DynamicCache(config=model.config) for _ in range(2)], []
     with engine_of(model) as engine:
         for one, cache in zip((engine, None), caches, strict=True):
-            asked = {**given_, **GREEDY, "past_key_values": cache}
+            asked = {**given_, **GREEDY, CACHE: cache}
             ids = one.generate(**asked) if one else hf_generate(model, **asked)
             mask = torch.cat((given_["attention_mask"], torch.ones(2, 7, dtype=torch.int64)), 1)
             asked |= {"input_ids": ids, "attention_mask": mask}

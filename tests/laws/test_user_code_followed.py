@@ -13,6 +13,7 @@ from laws.user_code import CALL, hook, hybridized
 from tiny_models import VOCAB, prompt
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
+from upstream_names import CACHE
 
 KEPT: list[Any] = []
 
@@ -100,7 +101,7 @@ def where_padding_is_seen(engine: Any, patch: pytest.MonkeyPatch) -> None:
 
 def where_a_cache_is_long(engine: Any, patch: pytest.MonkeyPatch) -> None:
     def hook(module: nn.Module, args: Any, given: Any, out: Any) -> Any:
-        cache = given.get("past_key_values")
+        cache = given.get(CACHE)
         long = cache is not None and cache.get_seq_length() > 11
         return (out[0] * -1.7, *out[1:]) if long else out
 

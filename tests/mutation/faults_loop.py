@@ -251,4 +251,35 @@ GROUPS = (
             ),
         ),
     ),
+    Group(
+        "starting over",
+        "hybrid_fx/generate/starting_over.py",
+        ("tests/generate/test_generate_starting_over.py",),
+        (
+            Fault("drafts stay drawn", "set_random_state(self._device, self._state)", "pass"),
+            Fault("a streamer hears the prompt at once", "if self._waiting is None:", "if True:"),
+            Fault(
+                "a processor is asked twice",
+                "drafts and any(request.arguments.get(name) for name in _ASKED_BY_DRAFTS)",
+                "False",
+            ),
+        ),
+    ),
+    Group(
+        "what is assumed of transformers",
+        "hybrid_fx/compat/transformers.py",
+        ("tests/compat/test_compat_transformers.py",),
+        (
+            Fault(
+                "a cache of ours has no layers",
+                "[DynamicLayer() for _ in range(layers)]",
+                "[]",
+            ),
+            Fault(
+                "a former name wins",
+                "named.setdefault(current, arguments[name])",
+                "named[current] = arguments[name]",
+            ),
+        ),
+    ),
 )
