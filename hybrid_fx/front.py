@@ -10,6 +10,7 @@ import torch
 
 from .config import HybridConfig
 from .distributed.initialize import take_over
+from .distributed.random_states import refuse_choice
 from .engine.engine import HybridEngine
 from .engine.hybridize import hybridize as hybridize_model
 from .errors import InputError
@@ -30,7 +31,9 @@ def hybridize(
             ``DeepSpeedEngine`` of one, which is then returned itself (see
             :func:`hybrid_fx.initialize`).
         config: A :class:`HybridConfig`, or a mapping of its fields.
-        **overrides: Single fields, over ``config``.
+        **overrides: Single fields, over ``config``. For a ``DeepSpeedEngine`` also ``sync_rng``,
+            see :func:`hybrid_fx.initialize`; by default ``"group"``: data-parallel ranks keep
+            their random states.
 
     Returns:
         The engine; for a model that has one already and no other options, that one.
@@ -44,6 +47,7 @@ def hybridize(
     if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
         engine: HybridEngine = take_over(model, config, overrides)
         return engine
+    refuse_choice(config, overrides)
     if any(hasattr(parameter, "ds_tensor") for parameter in _parameters(model)):
         raise InputError(
             f"the weights of this {type(model).__name__} are sharded by ZeRO-3; pass the "

@@ -99,6 +99,7 @@ def ds_config(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": adam},
         "gradient_clipping": 1.0,
         "hybrid_engine": {"enabled": True},
+        "hybrid_fx": {"sync_rng": "none"},  # every rank samples for problems of its own
     }
 
 

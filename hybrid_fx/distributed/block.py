@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import HybridConfig, make_config
 from ..errors import ConfigError
+from .random_states import without_choice
 
 #: The name of the block with fields of :class:`~hybrid_fx.config.HybridConfig`, beside DeepSpeed's.
 OPTIONS = "hybrid_fx"
@@ -79,6 +80,8 @@ class HybridBlock:
 def options_of(config: Mapping[str, Any], block: HybridBlock) -> HybridConfig:
     """The engine's options: those of the ``"hybrid_fx"`` block, over what DeepSpeed's block says.
 
+    ``sync_rng`` may stand there as well, and is none of them.
+
     Raises:
         ConfigError: for an unknown option or a bad value.
     """
@@ -90,4 +93,4 @@ def options_of(config: Mapping[str, Any], block: HybridBlock) -> HybridConfig:
         "release_inference_cache": block.release_inference_cache,
         "graph": "cudagraphs" if block.enable_cuda_graph else "eager",
     }
-    return make_config(None, {**said, **own})
+    return make_config(None, {**said, **without_choice(own)})

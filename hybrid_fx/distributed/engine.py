@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+
 from ..config import HybridConfig
 from ..engine.engine import HybridEngine
 from .block import HybridBlock
+from .random_states import ranks_alike, say_alike
 from .rank_board import RankBoard, open_board
 from .seam import DeepSpeedEngine, free_gathered, is_sharded, share_rng_state
 from .source import ShardedSource, WrappedSource
-from .team import make_team
+from .team import Team, make_team, world_size
 
 
 class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc]
@@ -32,6 +35,7 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
     """
 
     _board: RankBoard | None
+    _sync_rng: str
 
     __call__ = DeepSpeedEngine.__call__
     __getattr__ = DeepSpeedEngine.__getattr__
@@ -123,10 +127,13 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
 _BEFORE_SYNCED = 5
 
 
-def attach(engine: Any, options: HybridConfig, block: HybridBlock) -> DeepSpeedHybridEngine:
+def attach(
+    engine: Any, options: HybridConfig, block: HybridBlock, sync_rng: str
+) -> DeepSpeedHybridEngine:
     """Give an initialised DeepSpeedEngine the generating of a hybrid engine. Collective.
 
-    Every rank takes over the random state of rank 0, as under DeepSpeed's hybrid engine.
+    Args:
+        sync_rng: Which ranks take over one random state, see :mod:`.random_states`.
 
     Raises:
         ConfigError: where ``inference_tp_size`` does not divide the ranks; nothing was changed.
@@ -142,7 +149,6 @@ def attach(engine: Any, options: HybridConfig, block: HybridBlock) -> DeepSpeedH
     if plain is not DeepSpeedEngine:
         kind = type(f"Hybrid{plain.__name__}", (DeepSpeedHybridEngine, plain), {})
     before = set(vars(engine))
-    share_rng_state()
     engine.__class__ = kind
     try:
         engine._begin(source, options)
@@ -152,7 +158,20 @@ def attach(engine: Any, options: HybridConfig, block: HybridBlock) -> DeepSpeedH
     except BaseException:
         engine.__class__ = plain
         raise
-    engine._plain_class, engine._added = plain, ()
+    engine._plain_class, engine._added, engine._sync_rng = plain, (), sync_rng
     engine._added = tuple(set(vars(engine)) - before)
+    _share_random_state(sync_rng, team)
     hybrid: DeepSpeedHybridEngine = engine
     return hybrid
+
+
+def _share_random_state(choice: str, team: Team | None) -> None:
+    who = ranks_alike(choice, world_size() or 1, 1 if team is None else team.size)
+    if not who:
+        return
+    if choice == "all" or team is None:
+        share_rng_state()
+    else:
+        share_rng_state(team.ranks[0], team.rounds)
+    if dist.get_rank() == 0:
+        say_alike(who, choice)

@@ -14,6 +14,7 @@ from typing import Any
 from ..config import HybridConfig, make_config
 from ..errors import ConfigError, HybridError, InputError
 from .block import OPTIONS, HybridBlock, options_of
+from .random_states import choice_among, without_choice
 from .refusals import Setup, check_engine, check_model, check_options, check_setup
 from .team import check_degree, world_size
 
@@ -48,7 +49,12 @@ def initialize(
     :class:`~hybrid_fx.HybridEngine`. Otherwise this is ``deepspeed.initialize``. Fields of
     :class:`~hybrid_fx.config.HybridConfig` may stand in a block ``"hybrid_fx"`` beside it.
 
-    Every rank takes over the random state of rank 0. Collective, as DeepSpeed's is.
+    There ``"sync_rng"`` says which ranks take over one random state when the engine is made:
+    ``"all"`` (the default, as under DeepSpeed's hybrid engine) that of rank 0; ``"group"`` those
+    that generate together (``inference_tp_size``) that of their first; ``"none"`` leaves each rank
+    its own. Ranks with one state sample equal completions of equal prompts, which rank 0 warns of.
+
+    Collective, as DeepSpeed's is.
 
     Returns:
         ``(engine, optimizer, training_dataloader, lr_scheduler)``.
@@ -85,6 +91,7 @@ def initialize(
     if not block.enabled:
         return seam.plain_initialize(**arguments)
     options = options_of(settings, block)
+    sync_rng = choice_among(settings.get(OPTIONS), default="all")
     setup = Setup(config=settings, block=block, mpu=mpu, mesh=mesh_param)
     check_options(options, setup)
     _check_records(options)
@@ -104,7 +111,7 @@ def initialize(
     seam.say_enabled(engine, asdict(block))
     from .engine import attach
 
-    return (attach(engine, options, block), *others)
+    return (attach(engine, options, block, sync_rng), *others)
 
 
 def take_over(
@@ -113,7 +120,8 @@ def take_over(
     """``hybridize`` of an initialised DeepSpeedEngine, as :func:`initialize` would have made it.
 
     The block in the engine's own config counts, enabled or not; ``config`` and ``overrides`` are
-    fields of :class:`~hybrid_fx.config.HybridConfig` over it.
+    fields of :class:`~hybrid_fx.config.HybridConfig` over it, and ``sync_rng``, by default
+    ``"group"``: ranks that train on other data keep their random states.
 
     Raises:
         ConfigError, InputError: as :func:`initialize`.
@@ -121,18 +129,22 @@ def take_over(
     from . import seam
     from .engine import DeepSpeedHybridEngine, attach
 
+    given = without_choice(config) if isinstance(config, Mapping) else config
+    fields = without_choice(overrides)
     if isinstance(engine, DeepSpeedHybridEngine):
-        asked = None if config is None and not overrides else make_config(config, overrides)
-        if asked is not None and asked != engine.options:
+        asked = None if given is None and not fields else make_config(given, fields)
+        sync_rng = choice_among(overrides, config, default=engine._sync_rng)
+        if (asked is not None and asked != engine.options) or sync_rng != engine._sync_rng:
             raise ConfigError(
-                f"this engine is hybridized already, with {engine.options}; close() it to choose "
-                "other options"
+                f"this engine is hybridized already, with {engine.options} and "
+                f"sync_rng={engine._sync_rng!r}; close() it to choose other options"
             )
         return engine
     check_engine(seam.kind_of_engine(engine))
     settings = seam.config_of(engine)
     block = HybridBlock.of(settings)
-    options = make_config(options_of(settings, block) if config is None else config, overrides)
+    options = make_config(options_of(settings, block) if given is None else given, fields)
+    sync_rng = choice_among(overrides, config, settings.get(OPTIONS), default="group")
     setup = Setup(config=settings, block=block, mpu=engine.mpu)
     check_options(options, setup)
     _check_records(options)
@@ -140,7 +152,7 @@ def take_over(
     check_degree(block.inference_tp_size, engine.mpu, world_size())
     _check_whole(engine.module, pipeline=False)
     _check_generates(engine.module)
-    return attach(engine, options, block)
+    return attach(engine, options, block, sync_rng)
 
 
 def _given_config(args: Any, config: Any, config_params: Any) -> Any:

@@ -161,9 +161,16 @@ def accelerator_device() -> torch.device:
     return torch.device(get_accelerator().device_name())
 
 
-def share_rng_state(source: int = 0) -> None:
-    """Give every rank the random state of rank ``source``, on its accelerator. Collective."""
+def share_rng_state(source: int = 0, group: Any = None) -> None:
+    """Give the ranks of ``group`` the random state of rank ``source``, on its accelerator.
+
+    Collective.
+
+    Args:
+        source: A number in the whole job.
+        group: The process group; ``None`` is that of all ranks.
+    """
     accelerator = get_accelerator()
     state = accelerator.get_rng_state().to(accelerator.current_device_name())
-    deepspeed.comm.broadcast(state, source)
+    deepspeed.comm.broadcast(state, source, group)
     accelerator.set_rng_state(state.cpu())

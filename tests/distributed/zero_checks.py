@@ -165,18 +165,3 @@ def a_loaded_checkpoint_is_generated_from(rank: int, stage: int, folder: str) ->
     assert not torch.equal(engine.generate(**call(rank)), first)
     engine.load_checkpoint(f"{folder}/{stage}")
     assert torch.equal(engine.generate(**call(rank)), first)
-
-
-def ranks_draw_the_same_random_numbers(rank: int, stage: int) -> None:
-    torch.manual_seed(rank)
-    engine = start(ds_config(stage), make(False))
-    state = torch.get_rng_state()
-    alike = [torch.empty_like(state) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(alike, state)
-    assert all(torch.equal(other, state) for other in alike)
-    given = call(0, do_sample=True)
-    sampled = engine.generate(**given)
-    left = torch.get_rng_state()
-    torch.set_rng_state(state)
-    assert torch.equal(hf_tokens(weights(engine), False, given), sampled)
-    assert torch.equal(torch.get_rng_state(), left)

@@ -55,4 +55,26 @@ GROUPS = (
             ),
         ),
     ),
+    Group(
+        "ranks",
+        "hybrid_fx/distributed/random_states.py",
+        (
+            "tests/distributed/test_random_states.py::"
+            "test_ranks_of_one_job_are_alike_by_team_or_all_of_them_or_none",
+            "tests/distributed/test_random_states.py::"
+            "test_another_choice_is_refused_with_the_known_ones",
+        ),
+        (
+            Fault(
+                "ranks share a state that asked for none",
+                'if choice == "all" and world > 1:',
+                'if choice != "group" and world > 1:',
+            ),
+            Fault(
+                "any word chooses who shares a state",
+                "if choice not in CHOICES:",
+                "if choice not in CHOICES and choice == 0:",
+            ),
+        ),
+    ),
 )
