@@ -8,6 +8,7 @@ from .config import HybridConfig
 from .errors import (
     CaptureError,
     ConfigError,
+    EngineBusyError,
     EngineClosedError,
     HybridError,
     InputError,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "ConfigError",
+    "EngineBusyError",
     "EngineClosedError",
     "HybridConfig",
     "HybridEngine",

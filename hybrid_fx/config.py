@@ -130,6 +130,17 @@ class HybridConfig:
                 )
             object.__setattr__(self, name, tuple(given))
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise AttributeError(
+                f"HybridConfig has no {name!r}: it holds the options of generating, and the "
+                "model's own config is engine.module.config; pass engine.module where a model is "
+                "asked for"
+            )
+
 
 def _is_a(value: object, kind: str) -> bool:
     return kind in (base.__name__ for base in type(value).__mro__)

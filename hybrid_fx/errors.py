@@ -25,6 +25,10 @@ class EngineClosedError(HybridError, RuntimeError):
     """The engine was closed and serves no further calls."""
 
 
+class EngineBusyError(HybridError, RuntimeError):
+    """A generate was called inside another one of the same engine, which cannot serve both."""
+
+
 class StrictError(HybridError, RuntimeError):
     """With ``strict=True``: some part of the model does not run from rewritten graphs."""
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from ..config import HybridConfig
 from ..engine.engine import HybridEngine
+from ..engine.stand_in import has, holder, refuse
 from .block import HybridBlock
 from .random_states import ranks_alike, say_alike
 from .rank_board import RankBoard, open_board
@@ -40,8 +42,38 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
     __call__ = DeepSpeedEngine.__call__
     __getattr__ = DeepSpeedEngine.__getattr__
     __deepcopy__ = None  # type: ignore[assignment]
+    __dir__ = DeepSpeedEngine.__dir__
     __repr__ = DeepSpeedEngine.__repr__
     forward = DeepSpeedEngine.forward
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A public name that the model alone has is the model's; others are DeepSpeed's.
+
+        Raises:
+            AttributeError: for one that a hybrid engine adds.
+        """
+        found = self._holder(name)
+        if found is self:
+            DeepSpeedEngine.__setattr__(self, name, value)
+        else:
+            setattr(found, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        found = self._holder(name)
+        if found is self:
+            DeepSpeedEngine.__delattr__(self, name)
+        else:
+            delattr(found, name)
+
+    def _holder(self, name: str) -> nn.Module:
+        """What ``name`` is set on."""
+        if name.startswith("_") or "_added" not in vars(self):
+            return self
+        if name in _ADDED:
+            refuse(name)
+        model: nn.Module = self.module
+        found = holder(model, name)
+        return found if has(found, name) and not has(self, name) else self
 
     @property
     def options(self) -> HybridConfig:
@@ -122,6 +154,9 @@ class DeepSpeedHybridEngine(HybridEngine, DeepSpeedEngine):  # type: ignore[misc
         for name in self._added:
             self.__dict__.pop(name, None)
 
+
+#: Public names that a hybrid engine has and DeepSpeed's has not.
+_ADDED = {"stats", *dir(DeepSpeedHybridEngine)} - set(dir(DeepSpeedEngine))
 
 #: Arguments of transformers' generate before ``synced_gpus``.
 _BEFORE_SYNCED = 5

@@ -9,18 +9,19 @@ import copy
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import HybridConfig
-from ..errors import EngineClosedError
+from ..errors import EngineBusyError, EngineClosedError
 from ..generate import causal_lm, generate
 from .explain import Explanation
 from .graphs import ModelGraphs
 from .report import build_explanation
 from .source import Source
+from .stand_in import StandIn
 from .stats import Stats
 from .switch import GenerateSwitch
 from .training_graphs import TrainingGraphs
@@ -34,10 +35,11 @@ def _synchronize(model: nn.Module) -> Callable[[], None] | None:
     return torch.get_device_module(device).synchronize
 
 
-class HybridEngine:
+class HybridEngine(StandIn):
     """A model with two ways to run: its own forward to train, rewritten graphs to generate.
 
-    Made by :func:`hybrid_fx.hybridize`. Attributes it does not have are the model's.
+    Made by :func:`hybrid_fx.hybridize`. Attributes it does not have are the model's, to read, to
+    set and to delete; its own public ones cannot be set.
 
     Attributes:
         module: The model.
@@ -49,6 +51,7 @@ class HybridEngine:
         self.module = model
         self.config = config
         self._begin(Source(model), config)
+        self._stand()
 
     def _begin(self, source: Source, options: HybridConfig) -> None:
         """Take over the generating of a model; the rest of the engine may be another's."""
@@ -69,11 +72,6 @@ class HybridEngine:
         self._running = 0
         self._plain_generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
         vars(model)["generate"] = GenerateSwitch(self, model)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "module" not in vars(self):
-            raise AttributeError(name)
-        return getattr(self.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, to train on; with gradients it counts as a weight change.
@@ -130,11 +128,13 @@ class HybridEngine:
         Takes the whole API of transformers; ``max_new_tokens`` may also be a list, one length for
         each row of the prompt: what is shorter is padded, and a ``max_length`` beside it does not
         count. Runs without gradients, dropout and gradient checkpointing; a call on a model in
-        training leaves its flags as they were.
+        training leaves its flags as they were. An engine as ``assistant_model`` is its model.
 
         Raises:
             InputError: for ids, masks or lengths that do not fit the model.
             StrictError: under ``strict=True``, where the call would leave the rewritten graphs.
+            EngineBusyError: from inside another generate of this engine (a processor, a streamer)
+                that runs from its graphs.
             EngineClosedError: after :meth:`close`.
         """
         if self._closed:
@@ -144,16 +144,17 @@ class HybridEngine:
                 self._begin_generating()
             self.stats.count("generate_calls")
             if self._running and self._source.collective:
-                raise EngineClosedError(
+                raise EngineBusyError(
                     "another generate is running on this engine, in which ranks wait for each "
-                    "other; generate from a processor or streamer by another model"
+                    "other; from a processor, criterion or streamer, generate by another model"
                 )
             self._running += 1
             self._graphs.begin()
             # Memory made in inference mode could never be refilled outside of it.
             with self.stats.timer("generate"), torch.inference_mode(False):
                 try:
-                    result = self._counted(self._generate(args, kwargs))
+                    given = {name: _model_of(value) for name, value in kwargs.items()}
+                    result = self._counted(self._generate(tuple(map(_model_of, args)), given))
                     self._graphs.finish()
                     return result
                 except Exception:
@@ -282,9 +283,11 @@ class HybridEngine:
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridEngine:
         return HybridEngine(copy.deepcopy(self.module, memo), self.config)
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("an engine cannot be pickled; pickle engine.module and hybridize the copy")
-
     def __repr__(self) -> str:
         state = "closed" if self._closed else "training" if self.module.training else "generating"
         return f"HybridEngine({type(self.module).__name__}, {state})"
+
+
+def _model_of(given: Any) -> Any:
+    """An argument of generate; an engine that drafts is its model."""
+    return given.module if isinstance(given, HybridEngine) else given

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import EngineClosedError, InputError
+from ..errors import EngineBusyError, EngineClosedError, InputError
 from .joint_rows import JointRows
-from .runner import PlanRunner
+from .runner import BUSY, PlanRunner
 from .session import Spans, Timer
 from .turn import Turn, count_of
 from .workspace import KeyValue
@@ -65,12 +65,13 @@ class JointRunner:
         """Open a session of ``batch`` rows of this rank with ``capacity`` columns reserved.
 
         Raises:
-            EngineClosedError: where nothing is prepared, or another session is open.
+            EngineClosedError: where nothing is prepared.
+            EngineBusyError: where another session is open.
         """
         if not self.plan_runner.prepared.tensors:
             raise EngineClosedError("nothing is prepared; generate through the engine")
         if self._open is not None:
-            raise EngineClosedError("another generate is running on this engine; wait for it")
+            raise EngineBusyError(BUSY)
         room = self.plan_runner.capacity(capacity)
         self._open = JointSession(self._take, self._close, self._timer, batch, room)
         return self._open

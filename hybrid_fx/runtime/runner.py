@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import EngineClosedError, InputError
+from ..errors import EngineBusyError, EngineClosedError, InputError
 from ..passes.collectives import Group
 from ..passes.folding import unmeasured_dora, unmeasured_lora
 from ..passes.operators import OPERATORS
@@ -27,6 +27,12 @@ from .session import Graph, PlanSession, Timer
 from .shared_rows import SharedRows, writes_in_place
 from .streamed import Stream, by_layer
 from .workspace import Workspace
+
+#: Said to a call from inside another one; those of other threads wait for their turn.
+BUSY = (
+    "another generate is running on this engine, and the memory of its rows is in use; from a "
+    "processor, criterion or streamer, generate by another model, or when that call has ended"
+)
 
 
 class PlanRunner:
@@ -196,12 +202,13 @@ class PlanRunner:
             recorded: Whether decode steps may come from recordings.
 
         Raises:
-            EngineClosedError: where nothing is prepared, or another session is open.
+            EngineClosedError: where nothing is prepared.
+            EngineBusyError: where another session is open.
         """
         if not self.prepared.tensors:
             raise EngineClosedError("nothing is prepared; generate through the engine")
         if self._open is not None:
-            raise EngineClosedError("another generate is running on this engine; wait for it")
+            raise EngineBusyError(BUSY)
         steps = self.recorded if recorded else None
         session = PlanSession(
             self.workspace,

@@ -11,7 +11,7 @@ from torch import Tensor
 from upstream_names import CACHE
 
 from hybrid_fx.capture import plain_linear
-from hybrid_fx.errors import EngineClosedError, InputError, RankError
+from hybrid_fx.errors import EngineBusyError, InputError, RankError
 
 
 def any_prompts_generate_as_their_rows_alone(rank: int, stage: int) -> None:
@@ -202,7 +202,7 @@ def a_generate_inside_another_is_refused(rank: int, stage: int) -> None:
         engine.generate(**given)
         return scores
 
-    with pytest.raises((EngineClosedError, RankError), match=r"another generate|rank \d raised"):
+    with pytest.raises((EngineBusyError, RankError), match=r"another generate|rank \d raised"):
         engine.generate(**given, logits_processor=[nested])
     same(engine, given)
 

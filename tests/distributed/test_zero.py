@@ -25,6 +25,7 @@ def test_whole_weights_generate_as_transformers_and_train_as_deepspeed(
         functools.partial(any_stage.it_is_an_engine_of_both_kinds, stage=1),
         functools.partial(any_stage.an_engine_is_taken_over_and_given_back, stage=2),
         any_stage.without_the_block_it_is_deepspeed,
+        functools.partial(any_stage.what_is_set_on_an_engine_is_the_models_or_deepspeeds, stage=2),
         functools.partial(any_stage.a_step_that_changes_nothing_prepares_nothing, stage=2),
         functools.partial(any_stage.a_skipped_step_prepares_nothing, stage=2),
         functools.partial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import torch
 from engines import call, ds_config, hf_tokens, make, plain, start, train, weights
 from torch import Tensor
@@ -154,6 +155,32 @@ def a_skipped_step_prepares_nothing(rank: int, stage: int) -> None:
     assert not engine.was_step_applied()
     engine.generate(**call(rank))
     assert (engine.weight_version, engine.stats.counters["prepares"]) == (version, 1)
+
+
+def what_is_set_on_an_engine_is_the_models_or_deepspeeds(rank: int, stage: int) -> None:
+    from transformers import GenerationConfig
+
+    engine = start(ds_config(stage), make(False))
+    given = call(rank)
+    assert engine.generate(**given).shape[1] > 7
+    del given["max_new_tokens"]
+    engine.generation_config = GenerationConfig(max_new_tokens=2, eos_token_id=None)
+    assert engine.module.generation_config is engine.generation_config
+    assert engine.generate(**given).shape[1] == 7
+    engine.is_mine = engine.config  # as on every DeepSpeedEngine
+    assert "is_mine" in vars(engine)
+    assert not hasattr(engine.module, "is_mine")
+    del engine.is_mine
+    engine.training_dataloader = None
+    assert "training_dataloader" not in vars(engine.module)
+    for name in ("generate", "stats", "options", "weight_version"):
+        with pytest.raises(AttributeError, match=f"{name} is the engine's own"):
+            setattr(engine, name, None)
+    train(engine, rank)
+    assert engine.generate(**given).shape[1] == 7
+    engine.close()
+    engine.generation_config = None  # DeepSpeed's way
+    assert engine.module.generation_config.max_new_tokens == 2
 
 
 def a_loaded_checkpoint_is_generated_from(rank: int, stage: int, folder: str) -> None:

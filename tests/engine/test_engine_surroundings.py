@@ -70,7 +70,7 @@ def test_a_refused_call_inside_another_frees_nothing_of_the_outer_one(model: Any
     refused: list[str] = []
 
     def generate_inside(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        with pytest.raises(hybrid_fx.EngineClosedError) as error:
+        with pytest.raises(hybrid_fx.EngineBusyError) as error:
             engine.generate(**_prompt())
         refused.append(str(error.value))
         return scores

@@ -20,7 +20,7 @@ from test_tensor_parallel import plans, tensors_of
 from threaded_ranks import Rank, on_ranks
 from tiny_models import VOCAB, tiny
 
-from hybrid_fx.errors import EngineClosedError, InputError
+from hybrid_fx.errors import EngineBusyError, EngineClosedError, InputError
 from hybrid_fx.runtime import PlanRunner
 from hybrid_fx.runtime.joint import JointRunner
 from hybrid_fx.runtime.turn import Turn, count_of
@@ -242,7 +242,7 @@ def test_what_ranks_together_do_not_serve_is_refused() -> None:
         session.load([], ids.bool())
     with pytest.raises(InputError, match="no keys"):
         session.read(0)
-    with pytest.raises(EngineClosedError, match="another generate"):
+    with pytest.raises(EngineBusyError, match="another generate"):
         joint.session(batch=1, capacity=4)
     session.close()
     joint.plan_runner.release()

@@ -17,7 +17,7 @@ from tiny_models import VOCAB, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybrid_fx
-from hybrid_fx.errors import EngineClosedError
+from hybrid_fx.errors import EngineBusyError
 from hybrid_fx.plan.records import KVLayer
 from hybrid_fx.runtime import moving
 from hybrid_fx.runtime.recording import tensors_in
@@ -265,7 +265,7 @@ def test_an_allocation_that_fails_leaves_a_workspace_that_works(runner, monkeypa
 
 def test_one_session_at_a_time_and_a_closed_one_frees_the_runner(runner):
     session = runner.session(batch=1, capacity=2)
-    with pytest.raises(EngineClosedError, match="another generate"):
+    with pytest.raises(EngineBusyError, match="another generate"):
         runner.session(batch=1, capacity=2)
     session.close()
     session.close()
