@@ -139,6 +139,43 @@ GROUPS = (
         ),
     ),
     Group(
+        "engine",
+        "hybrid_fx/engine/stand_in.py",
+        ("tests/laws/test_engine_stands_for_model.py",),
+        (
+            Fault(
+                "what is set on an engine stays there",
+                "        if self._keeps(name):\n            object.__setattr__",
+                "        if self._keeps(name) or name:\n            object.__setattr__",
+            ),
+            Fault(
+                "the engine's own names are written over",
+                'if own and not name.startswith("_"):',
+                'if own and name.startswith("__"):',
+            ),
+            Fault(
+                "a wrapper hides what is set on its model",
+                "return inner if has(inner, name) and not has(model, name) else model",
+                "return inner if not has(inner, name) and not has(model, name) else model",
+            ),
+        ),
+    ),
+    Group(
+        "engine",
+        "hybrid_fx/engine/engine.py",
+        (
+            "tests/laws/test_engine_stands_for_model.py::"
+            "test_an_engine_drafts_for_another_as_its_model_does",
+        ),
+        (
+            Fault(
+                "an engine that drafts is handed on as one",
+                "return given.module if isinstance(given, HybridEngine) else given",
+                "return given",
+            ),
+        ),
+    ),
+    Group(
         "training flags",
         "hybrid_fx/generate/guard.py",
         ("tests/generate/test_generate_guard.py",),
