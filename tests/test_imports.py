@@ -21,6 +21,7 @@ HEAVY = ("deepspeed", "hypothesis", "matplotlib", "peft", "transformers", "trl")
 
 #: Folder, or public name of the package -> what of HEAVY it may load; by default nothing.
 MAY_LOAD: dict[str, set[str]] = {
+    "compat": {"transformers"},
     "capture": {"transformers"},
     "runtime": {"transformers"},
     "generate": {"transformers"},
