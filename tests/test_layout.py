@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import sys
 from pathlib import Path
 
@@ -43,9 +44,11 @@ FOREIGN = {
 }
 
 
-def sources() -> list[Path]:
+@functools.cache
+def sources() -> tuple[Path, ...]:
     """Every Python file that is installed."""
-    return sorted([*(ROOT / "hybrid_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])
+    found = (*(ROOT / "hybrid_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py"))
+    return tuple(sorted(found))
 
 
 def module_name(path: Path) -> str:
@@ -66,6 +69,13 @@ def stage(module: str) -> str | None:
     return below.split(".")[0] or None
 
 
+@functools.cache
+def installed() -> frozenset[str]:
+    """The name of every module."""
+    return frozenset(map(module_name, sources()))
+
+
+@functools.cache
 def imports(path: Path) -> list[tuple[int, str]]:
     """(line, absolute module) of every import in ``path``, those inside functions too."""
     name = module_name(path)
@@ -77,9 +87,8 @@ def imports(path: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             target = ".".join([*base, *([node.module] if node.module else [])])
-            known = {module_name(other) for other in sources()}
             deeper = [f"{target}.{alias.name}" for alias in node.names]
-            found += [(node.lineno, full if full in known else target) for full in deeper]
+            found += [(node.lineno, full if full in installed() else target) for full in deeper]
     return found
 
 
@@ -107,13 +116,12 @@ def broken_arrow(importer: str, imported: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_left(path: Path) -> None:
-    importer = module_name(path)
+def test_imports_point_left() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {imported}: {why}"
+        for path in sources()
         for line, imported in imports(path)
-        if (why := broken_arrow(importer, imported))
+        if (why := broken_arrow(module_name(path), imported))
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -154,25 +162,26 @@ MOVING = {"transformers": "hybrid_fx/compat/transformers.py"}
 RENAMED = ("past_key_values", "cache_params", "cache_position")
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_moving_upstream_is_named_in_one_file(path: Path) -> None:
-    at = str(path.relative_to(ROOT))
-    wrong = [f"imports {name}" for _, name in imports(path) if at != MOVING.get(root(name), at)]
-    if at not in MOVING.values():
-        wrong += [f"names {name}" for name in RENAMED if name in path.read_text()]
-    assert not wrong, f"{at}: {wrong}"
+def test_a_moving_upstream_is_named_in_one_file() -> None:
+    wrong = []
+    for path in sources():
+        at = str(path.relative_to(ROOT))
+        homes = {name: MOVING.get(name.split(".")[0], at) for _, name in imports(path)}
+        wrong += [f"{at} imports {name}" for name, home in homes.items() if home != at]
+        if at not in MOVING.values():
+            wrong += [f"{at} names {name}" for name in RENAMED if name in path.read_text()]
+    assert not wrong, "\n".join(wrong)
 
 
-def root(module: str) -> str:
-    return module.split(".")[0]
-
-
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_stay_short_and_narrow(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    assert len(lines) <= MAX_LINES, f"{len(lines)} lines; one idea a file"
-    wide = [number for number, line in enumerate(lines, 1) if len(line) > MAX_COLUMNS]
-    assert not wide, f"lines wider than {MAX_COLUMNS}: {wide}"
+def test_files_stay_short_and_narrow() -> None:
+    wrong = []
+    for path in sources():
+        at, lines = path.relative_to(ROOT), path.read_text().splitlines()
+        if len(lines) > MAX_LINES:
+            wrong.append(f"{at} has {len(lines)} lines; one idea a file")
+        wide = [number for number, line in enumerate(lines, 1) if len(line) > MAX_COLUMNS]
+        wrong += [f"{at}:{number} is wider than {MAX_COLUMNS}" for number in wide]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_folder_is_installed() -> None:
