@@ -10,7 +10,19 @@ class ConfigError(HybridError, ValueError):
 
 
 class CaptureError(HybridError, RuntimeError):
-    """The model's forward could not be captured as one graph."""
+    """The model's forward could not be captured as one graph.
+
+    Attributes:
+        lasting: Whether tracing the same structure again would come to the same end.
+    """
+
+    def __init__(self, message: str = "", *, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.lasting = lasting
+
+
+class CaptureTimeoutError(CaptureError):
+    """Tracing the model's forward took longer than ``capture_timeout``."""
 
 
 class CacheError(HybridError, RuntimeError):

@@ -26,6 +26,29 @@ def conditions() -> tuple[str, ...]:
     return tuple(said for said, left in asked if str(left) != "True")
 
 
+def decides(sizes: Any, condition: Any) -> bool:
+    """Whether a condition asked in the middle of a trace stays one to its end.
+
+    What holds where the inputs of one call are alike does not: the trace may still come to where
+    it finds that they are. Sizes of a value are taken as alike; without upstream's table of
+    values, nothing is said to decide.
+
+    Args:
+        sizes: The ``ShapeEnv`` of the trace.
+        condition: One of its guards, an expression of sympy.
+    """
+    if str(sizes.simplify(condition)) == "True":
+        return False
+    values = getattr(sizes, "backed_var_to_val", {})
+    if any(symbol not in values for symbol in condition.free_symbols):
+        return False
+    first: dict[Any, Any] = {}
+    for symbol in sorted(condition.free_symbols, key=str):
+        first.setdefault(values[symbol], symbol)
+    alike = {symbol: first[values[symbol]] for symbol in condition.free_symbols}
+    return str(sizes.simplify(condition.xreplace(alike))) != "True"
+
+
 def writes() -> tuple[str, ...]:
     """The Python objects, by how they are reached, that the traced code changes at each call."""
     effects = InstructionTranslator.current_tx().output.side_effects

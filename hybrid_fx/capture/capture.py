@@ -9,8 +9,9 @@ are a size of.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from .grad_hooks import without_gradient_hooks
 from .mixed_precision import refuse_autocast, refuse_prepared
 from .peft_seam import traceable_adapters
 from .registry import canonical_attention
+from .watch import Watch, for_some_sizes
 
 _ROWS, _TOKENS = 2, 9
 
@@ -99,21 +101,28 @@ def _inputs(model: nn.Module, given: Mapping[str, torch.dtype]) -> dict[str, Ten
     return inputs
 
 
-def _trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> Trace:
+def _trace(model: nn.Module, inputs: Mapping[str, Tensor], timeout: float | None) -> Trace:
     return trace(
         _logits,
         model,
         inputs["input_ids"],
         inputs.get("attention_mask"),
         inputs.get("position_ids"),
+        watch=Watch(type(model).__name__, timeout),
     )
 
 
-def capture(model: nn.Module, *, training: bool = False) -> Captured:
+def capture(
+    model: nn.Module, *, training: bool = False, timeout: float | None = None
+) -> Captured:
     """Capture ``model``'s forward under one training flag; flags are restored.
+
+    Args:
+        timeout: Seconds of tracing; ``None`` is no limit.
 
     Raises:
         CaptureError: where the forward cannot be traced as one graph with symbolic sizes.
+        CaptureTimeoutError: where that takes too long.
     """
     _refuse(model)
     inputs = _inputs(model, {"input_ids": torch.int64, "position_ids": torch.int64})
@@ -123,19 +132,22 @@ def capture(model: nn.Module, *, training: bool = False) -> Captured:
             module.training = training
         with torch.set_grad_enabled(training), canonical_attention(model):
             with traceable_adapters(model), without_gradient_hooks(model, training=training):
-                traced = _trace(model, inputs)
+                traced = _trace(model, inputs, timeout)
     finally:
         for module, flag in flags.items():
             module.training = flag
-    graph = _bind(traced, model, inputs)
-    for name in inputs:
-        if not any(n.meta.get("input") == name for n in graph.nodes):
-            raise CaptureError(f"the forward does not read {name}")
-    check_windows(graph, model)
+    with _lasting():
+        graph = _bind(traced, model, inputs)
+        for name in inputs:
+            if not any(n.meta.get("input") == name for n in graph.nodes):
+                raise CaptureError(f"the forward does not read {name}")
+        check_windows(graph, model)
     return Captured(graph, training)
 
 
-def capture_call(model: nn.Module, given: Mapping[str, torch.dtype]) -> Captured:
+def capture_call(
+    model: nn.Module, given: Mapping[str, torch.dtype], *, timeout: float | None = None
+) -> Captured:
     """Capture the training forward of a call that is given these arguments.
 
     Every module keeps its training flag. An argument that the model ignores is no input of the
@@ -144,10 +156,12 @@ def capture_call(model: nn.Module, given: Mapping[str, torch.dtype]) -> Captured
     Args:
         given: The dtypes of ``"input_ids"``, and of ``"attention_mask"`` and ``"position_ids"``
             where they are given; each [B, T].
+        timeout: Seconds of tracing; ``None`` is no limit.
 
     Raises:
         CaptureError: where the forward cannot be traced as one graph with symbolic sizes, or
             builds its masks in a way that cannot be repeated beside the graph.
+        CaptureTimeoutError: where tracing takes too long.
     """
     _refuse(model)
     inputs = _inputs(model, given)
@@ -155,8 +169,19 @@ def capture_call(model: nn.Module, given: Mapping[str, torch.dtype]) -> Captured
     hooked = any(module._forward_hooks for module in model.modules())
     with torch.set_grad_enabled(not hooked), canonical_attention(model):
         with traceable_adapters(model):
-            traced = _trace(model, inputs)
-    return Captured(_bind(traced, model, inputs), True)
+            traced = _trace(model, inputs, timeout)
+    with _lasting():
+        return Captured(_bind(traced, model, inputs), True)
+
+
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    """What is wrong with a whole trace is so with each trace of the structure."""
+    try:
+        yield
+    except CaptureError as error:
+        error.lasting = True
+        raise
 
 
 def _named_tensors(model: nn.Module) -> dict[int, tuple[str, bool]]:
@@ -235,8 +260,7 @@ def _place(node: fx.Node, paths: Mapping[int, str]) -> None:
 def _refuse_what_is_left_out(traced: Trace) -> None:
     """A graph does the same at every call, and leaves Python as it is."""
     if traced.conditions:
-        asked = ", ".join(traced.conditions)
-        raise CaptureError(f"the forward or a hook in it does what it does for some sizes: {asked}")
+        raise CaptureError(for_some_sizes(", ".join(traced.conditions)))
     if traced.writes:
         written = traced.writes[0]
         raise CaptureError(f"the forward or a hook in it changes a Python object: {written}")

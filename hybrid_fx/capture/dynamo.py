@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import exc
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from ..errors import CaptureError
 from .assumed import conditions, writes
 from .linear_seam import plain_linear
+from .watch import Stopped, Watch
 
 #: For the time of one trace. Without the first, Dynamo remembers the values an earlier trace of
 #: this function saw (another model's eps, its scaling) and makes inputs of what differs.
@@ -27,6 +30,11 @@ _SETTINGS = {
     "specialize_float": True,
     "suppress_errors": False,
 }
+
+
+#: What Dynamo raises of the code that it traces.
+_OF_THE_CODE = (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, ConstraintViolationError)
+_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class _Stop(Exception):
@@ -69,13 +77,27 @@ def _reason(error: Exception) -> str:
     return f"{first}: {context[1][:200]}" if context else first
 
 
-def trace(function: Callable[..., Any], *args: Any) -> Trace:
+def _lasts(error: BaseException) -> bool:
+    """Whether Dynamo says something of the traced code: not where memory ran out, or it fails."""
+    causes: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in causes:
+        causes.append(link)
+        link = link.__cause__ or link.__context__
+    return isinstance(error, _OF_THE_CODE) and not any(isinstance(c, _NO_MEMORY) for c in causes)
+
+
+def trace(function: Callable[..., Any], *args: Any, watch: Watch) -> Trace:
     """Trace ``function(*args)`` without running it.
 
     Tensors whose sizes are to stay symbolic must be marked by the caller.
 
+    Args:
+        watch: May end the trace early.
+
     Raises:
-        CaptureError: where Dynamo breaks the graph, specialises a marked size, or fails.
+        CaptureError: where Dynamo breaks the graph, specialises a marked size, or fails; or what
+            the watch says.
     """
     traces: list[Trace] = []
 
@@ -90,12 +112,16 @@ def trace(function: Callable[..., Any], *args: Any) -> Trace:
 
     assert isinstance(function, FunctionType)
     try:
-        with plain_linear(), torch._dynamo.config.patch(_SETTINGS):
+        with plain_linear(), torch._dynamo.config.patch(_SETTINGS), watch.watching():
             torch.compile(_own_code(function), backend=backend, fullgraph=True)(*args)
     except _Stop:
         return traces[0]
+    except Stopped:
+        assert watch.error is not None
+        raise watch.error from None
     except Exception as error:
         raise CaptureError(
-            f"the forward could not be traced as one graph: {_reason(error)}"
+            f"the forward could not be traced as one graph: {_reason(error)}",
+            lasting=_lasts(error),
         ) from error
     raise CaptureError("the forward runs no tensor operation; nothing was traced")
