@@ -59,8 +59,13 @@ class HybridConfig:
             the same, the tokens under a seed are not, and it costs far less. Greedy search draws
             nothing. Beam sampling, and every other way through transformers' own loops, draws as
             transformers does.
-        disk_cache: Keep plans on the disk, so that a second process does not trace again.
+        disk_cache: Keep plans on the disk, and why a structure has none, so that a second process
+            does not trace again.
         cache_dir: Where; ``None`` is ``$XDG_CACHE_HOME/hybrid_fx`` or ``~/.cache/hybrid_fx``.
+        capture_timeout: Seconds of tracing, of the training graph too, after which the model runs
+            as its module; ``None`` is no limit. It is looked at between the lines of the forward.
+            Where several ranks generate together, only the training graph has a limit: one rank
+            that gave up alone would leave the others waiting.
         fusions: Fused MLP and residual-norm where a recorded benchmark showed a gain of 3 % or
             more on the model's family (``"measured"``), or wherever they fit (``"all"``).
         disable_passes: Names of optional passes to leave out, e.g. ``("concat_qkv",)``.
@@ -95,6 +100,7 @@ class HybridConfig:
     sampling: SamplingMode = "hf"
     disk_cache: bool = True
     cache_dir: str | None = None
+    capture_timeout: float | None = 120.0
     fusions: FusionMode = "measured"
     disable_passes: tuple[str, ...] = ()
     train_graph: bool = False
@@ -114,6 +120,12 @@ class HybridConfig:
             raise ConfigError(f"max_out_tokens={tokens!r} must be a positive int or None")
         if self.cache_dir is not None and not isinstance(self.cache_dir, str):
             raise ConfigError(f"cache_dir={self.cache_dir!r} must be a path as str, or None")
+        seconds = self.capture_timeout
+        number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if seconds is not None and not (number and 0 < seconds < float("inf")):
+            raise ConfigError(
+                f"capture_timeout={seconds!r} must be a positive number of seconds, or None"
+            )
         if isinstance(self.disable_passes, str):
             raise ConfigError(
                 f"disable_passes={self.disable_passes!r} must be a tuple of pass names, "

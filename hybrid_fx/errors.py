@@ -12,13 +12,13 @@ class ConfigError(HybridError, ValueError):
 class CaptureError(HybridError, RuntimeError):
     """The model's forward could not be captured as one graph.
 
+    Raised within traced code too, so it is made of a message alone.
+
     Attributes:
         lasting: Whether tracing the same structure again would come to the same end.
     """
 
-    def __init__(self, message: str = "", *, lasting: bool = False) -> None:
-        super().__init__(message)
-        self.lasting = lasting
+    lasting: bool = False
 
 
 class CaptureTimeoutError(CaptureError):

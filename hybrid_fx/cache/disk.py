@@ -1,4 +1,4 @@
-"""Plans on the disk: one JSON file a key, in a directory that only its user can write.
+"""Plans, and why there is none, on the disk: one JSON file a key, in a directory of one user.
 
 A file counts only if it is a regular file of this user that nobody else may write, carries the
 digest it is asked for and a matching checksum, and its sources pass the grammar. Anything else is
@@ -17,11 +17,12 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import CacheError
+from ..plan.failure import Failure
 from ..plan.plan import Plan
 from ..plan.source_check import check_source
 
@@ -31,6 +32,8 @@ MAX_BYTES = 2**26
 """Largest file that is read; a plan takes 50 KB to 3 MB."""
 STALE_SECONDS = 3600
 """Age at which the temporary file of a writer that died is swept away."""
+
+_T = TypeVar("_T")
 
 _DIGEST = re.compile(r"[0-9a-f]{8,128}")
 _ENTRY = re.compile(r"[0-9a-f]{8,128}\.json")
@@ -90,6 +93,13 @@ class DiskStore:
 
     def read(self, digest: str) -> Plan | None:
         """Return the plan stored for ``digest``, or None."""
+        return self._read(digest, "plan", self._plan)
+
+    def read_failure(self, digest: str) -> Failure | None:
+        """Return the failure stored for ``digest``, or None."""
+        return self._read(digest, "failure", Failure.from_json)
+
+    def _read(self, digest: str, kind: str, make: Callable[[Any], _T]) -> _T | None:
         path = self.path(digest)
         try:
             _check_owner(os.stat(self.directory), self.directory, "directory")
@@ -99,22 +109,29 @@ class DiskStore:
             self._trouble("read", error)
             return None
         try:
-            return self._decode(_read_own_file(path), digest)
+            return make(_decode(_read_own_file(path), digest, kind))
         except FileNotFoundError:
             return None
         except (CacheError, OSError, RecursionError) as error:
             warnings.warn(
-                f"hybrid_fx: the stored plan {path} is not used ({error}); the model is captured "
+                f"hybrid_fx: the stored {kind} {path} is not used ({error}); the model is captured "
                 "again and the file replaced",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             return None
 
     def write(self, digest: str, plan: Plan) -> bool:
         """Store ``plan`` under ``digest``; return whether that went well."""
+        return self._write(digest, "plan", plan.to_json())
+
+    def write_failure(self, digest: str, failure: Failure) -> bool:
+        """Store ``failure`` under ``digest``; return whether that went well."""
+        return self._write(digest, "failure", failure.to_json())
+
+    def _write(self, digest: str, kind: str, value: Any) -> bool:
         path = self.path(digest)
-        content = _encode(digest, plan)
+        content = _encode(digest, kind, value)
         try:
             _make_private(self.directory)
             _check_owner(os.stat(self.directory), self.directory, "directory")
@@ -133,23 +150,11 @@ class DiskStore:
                 f"hybrid_fx: plans under {self.directory} cannot be {verb} ({error}); going on "
                 "without. Set cache_dir to a directory of your own, or disk_cache=False",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    def _decode(self, content: bytes, digest: str) -> Plan:
-        try:
-            value = json.loads(content.decode("ascii"), object_pairs_hook=_unique)
-        except ValueError as error:
-            raise CacheError(f"damaged: {error}") from None
-        if type(value) is not dict or set(value) != {"format", "key", "sha256", "plan"}:
-            raise CacheError("damaged: not the fields of a stored plan")
-        if value["format"] != FORMAT:
-            raise CacheError(f"its format is {value['format']!r:.40}, this version reads {FORMAT}")
-        if value["key"] != digest:
-            raise CacheError(f"it belongs to another key, {value['key']!r:.80}")
-        if value["sha256"] != _checksum(digest, value["plan"]):
-            raise CacheError("damaged: the checksum does not match")
-        plan = Plan.from_json(value["plan"])
+    def _plan(self, value: Any) -> Plan:
+        plan = Plan.from_json(value)
         for source in plan.sources.values():
             check_source(source, self._operator_names)
         return plan
@@ -174,15 +179,31 @@ class DiskStore:
                 os.unlink(path)
 
 
-def _encode(digest: str, plan: Plan) -> bytes:
-    value = plan.to_json()
-    envelope = {"format": FORMAT, "key": digest, "sha256": _checksum(digest, value), "plan": value}
+def _encode(digest: str, kind: str, value: Any) -> bytes:
+    envelope = {"format": FORMAT, "key": digest, "sha256": _checksum(digest, value), kind: value}
     return (json.dumps(envelope, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
-def _checksum(digest: str, plan: Any) -> str:
+def _decode(content: bytes, digest: str, kind: str) -> Any:
+    """What :func:`_encode` wrote of this key and kind."""
+    try:
+        value = json.loads(content.decode("ascii"), object_pairs_hook=_unique)
+    except ValueError as error:
+        raise CacheError(f"damaged: {error}") from None
+    if type(value) is not dict or set(value) != {"format", "key", "sha256", kind}:
+        raise CacheError(f"damaged: not the fields of a stored {kind}")
+    if value["format"] != FORMAT:
+        raise CacheError(f"its format is {value['format']!r:.40}, this version reads {FORMAT}")
+    if value["key"] != digest:
+        raise CacheError(f"it belongs to another key, {value['key']!r:.80}")
+    if value["sha256"] != _checksum(digest, value[kind]):
+        raise CacheError("damaged: the checksum does not match")
+    return value[kind]
+
+
+def _checksum(digest: str, value: Any) -> str:
     """SHA-256 of everything else in the file, in one fixed spelling."""
-    spelled = json.dumps([FORMAT, digest, plan], sort_keys=True, separators=(",", ":"))
+    spelled = json.dumps([FORMAT, digest, value], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(spelled.encode("ascii")).hexdigest()
 
 

@@ -1,7 +1,14 @@
 """Capture: a decoder's cache-free forward as one graph at torch level."""
 
-from .assumptions import assumptions
+from .assumptions import assumptions, options_of_dynamo
 from .capture import Captured, capture, capture_call
 from .linear_seam import plain_linear
 
-__all__ = ["Captured", "assumptions", "capture", "capture_call", "plain_linear"]
+__all__ = [
+    "Captured",
+    "assumptions",
+    "capture",
+    "capture_call",
+    "options_of_dynamo",
+    "plain_linear",
+]

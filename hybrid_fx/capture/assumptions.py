@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
+import torch._dynamo
 
 
 def assumptions() -> dict[str, str | bool]:
@@ -15,3 +18,10 @@ def assumptions() -> dict[str, str | bool]:
         "default device": str(torch.get_default_device()),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def options_of_dynamo() -> str:
+    """Digest of Dynamo's flags and limits, on which it depends what it can trace."""
+    options = torch._dynamo.config.get_config_copy()
+    kept = {name: value for name, value in options.items() if isinstance(value, bool | int)}
+    return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()

@@ -112,9 +112,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Tensor], timeout: float | None
     )
 
 
-def capture(
-    model: nn.Module, *, training: bool = False, timeout: float | None = None
-) -> Captured:
+def capture(model: nn.Module, *, training: bool = False, timeout: float | None = None) -> Captured:
     """Capture ``model``'s forward under one training flag; flags are restored.
 
     Args:

@@ -87,19 +87,21 @@ def _lasts(error: BaseException) -> bool:
     return isinstance(error, _OF_THE_CODE) and not any(isinstance(c, _NO_MEMORY) for c in causes)
 
 
-def trace(function: Callable[..., Any], *args: Any, watch: Watch) -> Trace:
+def trace(function: Callable[..., Any], *args: Any, watch: Watch | None = None) -> Trace:
     """Trace ``function(*args)`` without running it.
 
     Tensors whose sizes are to stay symbolic must be marked by the caller.
 
     Args:
-        watch: May end the trace early.
+        watch: May end the trace early, and says how it goes.
 
     Raises:
         CaptureError: where Dynamo breaks the graph, specialises a marked size, or fails; or what
             the watch says.
     """
     traces: list[Trace] = []
+    assert isinstance(function, FunctionType)
+    watch = watch or Watch(function.__name__, None)
 
     def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
         asked, written = conditions(), writes()
@@ -110,7 +112,6 @@ def trace(function: Callable[..., Any], *args: Any, watch: Watch) -> Trace:
 
         return first_run
 
-    assert isinstance(function, FunctionType)
     try:
         with plain_linear(), torch._dynamo.config.patch(_SETTINGS), watch.watching():
             torch.compile(_own_code(function), backend=backend, fullgraph=True)(*args)
@@ -120,8 +121,7 @@ def trace(function: Callable[..., Any], *args: Any, watch: Watch) -> Trace:
         assert watch.error is not None
         raise watch.error from None
     except Exception as error:
-        raise CaptureError(
-            f"the forward could not be traced as one graph: {_reason(error)}",
-            lasting=_lasts(error),
-        ) from error
+        failed = CaptureError(f"the forward could not be traced as one graph: {_reason(error)}")
+        failed.lasting = _lasts(error)
+        raise failed from error
     raise CaptureError("the forward runs no tensor operation; nothing was traced")

@@ -26,7 +26,7 @@ logger = logging.getLogger("hybrid_fx")
 SECONDS_OF_SILENCE = 5.0
 
 
-class Stopped(BaseException):  # noqa: N818
+class Stopped(BaseException):
     """Ends a trace from inside. No ``Exception``: Dynamo, and what it traces, catch those."""
 
 
@@ -88,13 +88,14 @@ class Watch:
         """
         self.lines += 1
         if condition := self._condition():
-            self._stop(CaptureError(for_some_sizes(condition), lasting=True))
+            self._stop(CaptureError(for_some_sizes(condition)), lasting=True)
         if self._timeout is not None and self.seconds > self._timeout:
             self._stop(
                 CaptureTimeoutError(
                     f"tracing took longer than capture_timeout={self._timeout:g} seconds; "
                     "set it higher, or to None"
-                )
+                ),
+                lasting=False,
             )
         if self.seconds > self._speaks:
             self._speaks *= 2
@@ -121,8 +122,9 @@ class Watch:
         self._seen += len(asked)
         return next((str(guard.expr) for guard in asked if decides(sizes, guard.expr)), "")
 
-    def _stop(self, error: CaptureError) -> None:
+    def _stop(self, error: CaptureError, *, lasting: bool) -> None:
         self.error = error
+        error.lasting = lasting
         raise Stopped
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from ..cache.disk import default_directory
 from ..cache.key import StructureKey
 from ..cache.plan_cache import PlanCache
-from ..capture import assumptions, capture
+from ..capture import Captured, assumptions, capture
 from ..config import HybridConfig
 from ..generate import causal_lm
 from ..passes.contract import Context
@@ -20,6 +20,7 @@ from ..passes.pipeline import NORMALIZE
 from ..plan.build import build_plan
 from ..plan.choice import optional_passes, policies
 from ..plan.plan import Plan
+from .attempt import capture_once
 from .source import Source
 from .stats import Stats
 
@@ -115,11 +116,16 @@ class Plans:
     def captured(self) -> fx.Graph:
         """The canonical graph of the structure, captured where that was not needed before."""
         if self.canonical is None:
-            captured = capture(self._source.structure())
+            captured = capture_once(self._cache, self.digest, self._capture)
             self._stats.count("captures")
             self._normalized = run_passes(captured.graph, NORMALIZE, Context())
             self.canonical = captured.graph
         return self.canonical
+
+    def _capture(self) -> Captured:
+        # Ranks that generate together come to one end; one that gave up alone would not.
+        timeout = None if self._source.collective else self._config.capture_timeout
+        return capture(self._source.structure(), timeout=timeout)
 
     def _vocabulary(self) -> int:
         table = causal_lm(self._source.model).get_input_embeddings()

@@ -27,6 +27,7 @@ from ..plan.plan import Plan
 from ..plan.training import build_training_plan
 from ..runtime.configured import loss_of
 from ..runtime.training import TrainingRunner
+from .attempt import capture_once
 from .plans import find_plan, open_cache
 from .proof import said
 from .source import tensors_of
@@ -238,8 +239,13 @@ class TrainingGraphs:
 
     def _build(self, digest: str, call: TrainingCall) -> Plan:
         """Capture the model, and keep the plan."""
+        timeout = self._config.capture_timeout
         with without_checkpointing(self._model):
-            captured = capture_call(self._model, call.given)
+            captured = capture_once(
+                self._cache,
+                digest,
+                lambda: capture_call(self._model, call.given, timeout=timeout),
+            )
         self._stats.count("captures")
         causal: Any = causal_lm(self._model)
         plan = build_training_plan(

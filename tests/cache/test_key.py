@@ -111,7 +111,8 @@ def test_options_outside_the_graph_are_named_and_change_nothing() -> None:
         *("graph", "lora", "fusions", "disable_passes", "passes", "policies")
     }
     model = tiny_llama()
-    other = HybridConfig(max_out_tokens=9, strict=True, cache_dir="/nowhere", disk_cache=False)
+    kept = {"cache_dir": "/nowhere", "disk_cache": False, "capture_timeout": None}
+    other = HybridConfig(max_out_tokens=9, strict=True, **kept)
     assert StructureKey.of(model, other) == key_of(model)
 
 

@@ -47,7 +47,7 @@ def test_a_capture_leaves_everything_as_it_was(model: Any) -> None:
 def test_a_capture_that_fails_leaves_everything_as_it_was(
     model: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(sys.modules[capture.__module__], "trace", fail)

@@ -24,11 +24,18 @@ CASES = {
     "side": ("llama", 1e-4, "bfloat16"),
 }
 
+FAILING = "jamba"
+"""A case that does not capture."""
+
 
 def model_of(case: str) -> Any:
     import torch
     from tiny_models import adapted, randomize_adapters, tiny
 
+    if case == FAILING:
+        from capture.failing_models import tiny_jamba
+
+        return tiny_jamba()
     kind, lora, dtype = CASES[case]
     model = tiny(kind)
     if lora is not None:
