@@ -22,8 +22,7 @@ def conditions() -> tuple[str, ...]:
     sizes = None if mode is None else mode.shape_env
     if sizes is None:
         return ()
-    asked = [(str(guard.expr), sizes.simplify(guard.expr)) for guard in sizes.guards]
-    return tuple(said for said, left in asked if str(left) != "True")
+    return tuple(str(guard.expr) for guard in sizes.guards if not _holds(sizes, guard.expr))
 
 
 def decides(sizes: Any, condition: Any) -> bool:
@@ -37,7 +36,7 @@ def decides(sizes: Any, condition: Any) -> bool:
         sizes: The ``ShapeEnv`` of the trace.
         condition: One of its guards, an expression of sympy.
     """
-    if str(sizes.simplify(condition)) == "True":
+    if _holds(sizes, condition):
         return False
     values = getattr(sizes, "backed_var_to_val", {})
     if any(symbol not in values for symbol in condition.free_symbols):
@@ -46,7 +45,12 @@ def decides(sizes: Any, condition: Any) -> bool:
     for symbol in sorted(condition.free_symbols, key=str):
         first.setdefault(values[symbol], symbol)
     alike = {symbol: first[values[symbol]] for symbol in condition.free_symbols}
-    return str(sizes.simplify(condition.xreplace(alike))) != "True"
+    return not _holds(sizes, condition.xreplace(alike))
+
+
+def _holds(sizes: Any, condition: Any) -> bool:
+    """Whether it holds of all sizes, by what the trace has found of them."""
+    return str(sizes.simplify(condition)) == "True"
 
 
 def writes() -> tuple[str, ...]:

@@ -88,14 +88,14 @@ def test_a_failure_under_other_assumptions_is_tried_again(
     generate_both(branching_llama(), cache_dir=str(tmp_path))
     if other == "versions":
         monkeypatch.setattr(key, "versions", lambda: (("torch", "99.0"),))
-    if other == "options of Dynamo":
-        monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
     engine = hybrid_fx.hybridize(branching_llama(), cache_dir=str(tmp_path))
     dtype = torch.get_default_dtype()
     try:
         if other == "default dtype":
             torch.set_default_dtype(torch.float64)
-        engine.generate(**CALL)
+        asks = other == "options of Dynamo"
+        with torch._dynamo.config.patch(capture_scalar_outputs=asks):
+            engine.generate(**CALL)
     finally:
         torch.set_default_dtype(dtype)
     assert len(traces) == 2

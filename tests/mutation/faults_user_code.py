@@ -30,7 +30,16 @@ GROUPS = (
         "hybrid_fx/capture/assumed.py",
         (_OWN,),
         (
-            Fault("a branch on a size is dropped", '!= "True"', "is None", (_SIZES,)),
+            Fault("a branch on a size is dropped", '== "True"', "is not None", (_SIZES,)),
+            Fault(
+                "a trace stops before it finds that the inputs of a call are alike",
+                "condition.xreplace(alike)",
+                "condition",
+                (
+                    "tests/capture/test_watch.py::"
+                    "test_a_condition_that_ends_when_inputs_are_found_alike_does_not_decide",
+                ),
+            ),
             Fault(
                 "a write to an object is dropped",
                 "changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]",
