@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..compat.placement import device_of, unreadable
 from ..errors import CaptureError
 from ..passes.graph import sweep
 from ..passes.operators import OPERATORS
@@ -67,29 +68,13 @@ def _refuse(model: nn.Module) -> None:
         raise CaptureError(f"{type(model).__name__} is an encoder-decoder model")
     if getattr(config, "attention_chunk_size", None):
         raise CaptureError("chunked attention reaches only the mask, which capture leaves out")
-    for path, module in model.named_modules():
-        where = path or "the model"
-        if any(map(_moves_weights, _loading_hooks(module))):
-            raise CaptureError(f"{where} is offloaded (accelerate loads its weights at each call)")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise CaptureError(f"{name} is on the meta device; it holds no values")
-
-
-def _moves_weights(hook: object) -> bool:
-    moves = getattr(hook, "offload", False) or getattr(hook, "offload_buffers", False)
-    return moves or type(hook).__name__ in ("CpuOffload", "LayerwiseCastingHook")
-
-
-def _loading_hooks(module: nn.Module) -> tuple[Any, ...]:
-    """accelerate's hooks of one module; it puts several into one with ``hooks``."""
-    hook = getattr(module, "_hf_hook", None)
-    return (hook, *getattr(hook, "hooks", ()))
+    if (fault := unreadable(model)) is not None:
+        raise CaptureError(fault)
 
 
 def _inputs(model: nn.Module, given: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Arguments [B, T] of one call by name and dtype, both sizes marked symbolic."""
-    device = next(iter(model.parameters())).device
+    device = device_of(model)
     places = torch.arange(_TOKENS, device=device).repeat(_ROWS, 1)
     inputs = {
         name: (places if name == "position_ids" else torch.ones_like(places)).to(dtype, copy=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.placement import device_of
 from ..config import HybridConfig
 from ..errors import EngineBusyError, EngineClosedError
 from ..generate import causal_lm, generate
@@ -29,7 +30,7 @@ from .versions import WeightTracker
 
 
 def _synchronize(model: nn.Module) -> Callable[[], None] | None:
-    device = next(iter(model.parameters())).device
+    device = device_of(model)
     if device.type == "cpu":
         return None
     return torch.get_device_module(device).synchronize

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat.placement import device_of, unreadable
 from ..config import HybridConfig
-from ..errors import HybridError, StrictError
+from ..errors import CaptureError, HybridError, StrictError
 from ..generate import Runner
 from ..runtime import PlanRunner
 from ..runtime.probe import Verdict
@@ -23,7 +24,7 @@ from ..runtime.shared_rows import SharedRows
 from .plans import Plans
 from .proof import said
 from .prover import Prover
-from .runners import device_of, limit_of
+from .runners import limit_of
 from .sides import Sides
 from .source import Ask, Source
 from .stats import Stats
@@ -126,6 +127,8 @@ class ModelGraphs:
             if stamp == self._stamp:
                 return
             self._stamp = None  # until all of it went well
+            if (fault := unreadable(self._model)) is not None:
+                raise CaptureError(fault)
             digest = self._plans.read()
         except NO_MEMORY:
             raise

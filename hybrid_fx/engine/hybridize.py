@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..compat.placement import device_of
+from ..compat.wrappers import is_language_model, wrapped
 from ..config import HybridConfig, make_config
 from ..errors import ConfigError, InputError
 from ..plan.choice import optional_passes, policies
@@ -26,16 +28,22 @@ def check_generates(model: object) -> nn.Module:
             f"hybridize got a {type(model).__name__}; pass the model itself, a transformers causal "
             "language model or a PeftModel around one"
         )
-    inner: Any = getattr(model, "get_base_model", lambda: model)
-    base = inner()
-    able = getattr(base, "can_generate", None)
-    if not hasattr(model, "generate") or able is None or not able():
+    name = type(model).__name__
+    if (held := wrapped(model)) is not None:
+        path, inner = held
+        raise InputError(
+            f"{name} is a wrapper around a {type(inner).__name__}; pass what it holds, model{path}:"
+            " its generate goes through the engine then, also where the wrapper calls it; train "
+            "the wrapper as before"
+        )
+    if not is_language_model(model):
+        base: Any = getattr(model, "get_base_model", lambda: model)()
         raise InputError(
             f"{type(base).__name__} does not generate; pass a model with a language-modeling head, "
             "e.g. one from AutoModelForCausalLM"
         )
     if next(iter(model.parameters()), None) is None:
-        raise InputError(f"{type(base).__name__} has no parameters; load its weights first")
+        raise InputError(f"{name} has no parameters; load its weights first")
     return model
 
 
@@ -69,7 +77,7 @@ def hybridize(
     if present is None:
         for choose in (optional_passes, policies):
             choose(options)  # what does not fit is refused before anything is touched
-        check_records(options.graph, next(checked.parameters()).device)
+        check_records(options.graph, device_of(checked))
         return HybridEngine(checked, options)
     if options != present.config and (config is not None or overrides):
         raise ConfigError(

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import nn
 
+from ..compat.placement import device_of
 from ..config import HybridConfig
 from ..generate import causal_lm, position_limit
 from ..plan.plan import Plan
@@ -18,11 +19,6 @@ from .source import Source
 from .stats import Stats
 
 logger = logging.getLogger("hybrid_fx")
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model is."""
-    return next(iter(model.parameters())).device
 
 
 def limit_of(model: nn.Module) -> int | None:

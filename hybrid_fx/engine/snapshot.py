@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..cache.adapters import AdapterState, adapter_state
 from ..cache.tree import View, walk
+from ..compat.placement import holds_values
 
 _PLAIN = (nn.Parameter, Tensor)
 # In the order of a record's facts; "storage" is compared by address, which the record's
@@ -62,7 +63,9 @@ def leaves(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield name, tensor
     if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
         for inner in tensor.__tensor_flatten__()[0]:
-            yield from leaves(f"{name}.{inner}", getattr(tensor, inner))
+            value = getattr(tensor, inner)
+            if isinstance(value, Tensor):  # a DTensor's mesh is none
+                yield from leaves(f"{name}.{inner}", value)
 
 
 def storage_address(tensor: Tensor) -> int | None:
@@ -87,6 +90,9 @@ def _opaque_facts(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.is_meta:
+        # Without values none can change: offloading puts another one here behind each forward.
+        return (None, None, 0, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, 0)
     try:
         return (
             id(tensor),
@@ -144,7 +150,9 @@ def uncounted(snapshot: Snapshot, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether a checksum can read the memory: wrappers are read through their inner tensors."""
-    return type(tensor) in _PLAIN or not is_traceable_wrapper_subclass(tensor)
+    if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+        return False
+    return holds_values(tensor)
 
 
 def _tensor_change(name: str, old: _Record, new: _Record) -> str:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ..cache.adapters import active_adapters, configs
+from ..compat.placement import device_of
 from ..compat.transformers import (
     ALL_STATIC_CACHE_IMPLEMENTATIONS,
     GenerationMixin,
@@ -192,7 +193,7 @@ def _assistant(r: Request) -> str | None:
 
 
 def _autocast(r: Request) -> str | None:
-    kind = r.causal.device.type
+    kind = device_of(r.causal).type
     return f"autocast is on for {kind}" if torch.is_autocast_enabled(kind) else None
 
 
