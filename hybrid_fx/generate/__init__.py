@@ -106,7 +106,9 @@ def generate(
             args, kwargs = (), {**request.arguments, **request.options}
         route, why = choose(request)
         if not nothing:
-            check_positions(request, lengths if route is Route.FAST else None)
+            beyond = check_positions(request, lengths if route is Route.FAST else None)
+            if beyond is not None:
+                _warn_once(warned, "positions", beyond)
         if on_settings is not None and settings is not None:
             on_settings(settings)
         if nothing:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..compat.transformers import cache_of
 from ..errors import InputError
+from .positions import are_rotary, has_table
 from .request import Request
 
 
@@ -114,12 +115,15 @@ def _check_embeds(embeds: Any, causal: Any) -> None:
         )
 
 
-def check_positions(request: Request, lengths: Sequence[int] | None = None) -> None:
-    """Refuse more new tokens than the model has positions for.
+def check_positions(request: Request, lengths: Sequence[int] | None = None) -> str | None:
+    """Refuse more new tokens than the model has positions for, where these are rows of a table.
 
     Args:
         lengths: Of each row of the prompt, where a row that has ended takes no more positions;
             None where every row goes on until the last one has ended.
+
+    Returns:
+        What to warn of, where a model without such a table is asked to go on.
 
     Raises:
         InputError: naming the row that needs most.
@@ -127,7 +131,7 @@ def check_positions(request: Request, lengths: Sequence[int] | None = None) -> N
     limit = position_limit(request.causal.config)
     new_tokens = request.total - request.prompt
     if limit is None or new_tokens < 1 or request.causal.config.is_encoder_decoder:
-        return
+        return None
     starts, named = _starts(request), "max_new_tokens"
     start = max(starts)
     if lengths is not None:
@@ -136,13 +140,32 @@ def check_positions(request: Request, lengths: Sequence[int] | None = None) -> N
         row = ends.index(max(ends))
         named, start, new_tokens = f"max_new_tokens[{row}]", each[row], lengths[row]
     needed = start + new_tokens - 1  # the last token is returned and never fed
-    if needed > limit:
-        room = limit - start + 1
-        remedy = f"use {named}<={room}" if room > 0 else f"shorten the prompt to {limit} tokens"
-        raise InputError(
-            f"{named}={new_tokens} after a prompt of {start} tokens needs {needed} "
-            f"positions; the model has {limit}: {remedy}"
-        )
+    if needed <= limit:
+        return None
+    said = f"{named}={new_tokens} after a prompt of {start} tokens needs {needed} positions; "
+    if not has_table(request.causal, limit):
+        return f"{said}the model was made for {limit}: what it says beyond them may be of no use"
+    room = limit - start + 1
+    remedy = f"use {named}<={room}" if room > 0 else f"shorten the prompt to {limit} tokens"
+    raise InputError(f"{said}the model has {limit}: {remedy}")
+
+
+def clamp_limit(causal: Any) -> int | None:
+    """Where the positions of rows that have finished must stop; None where they may go on."""
+    limit = position_limit(causal.config)
+    endless = limit is None or (are_rotary(causal) and not has_table(causal, limit))
+    return None if endless else limit
+
+
+def past_positions(request: Request) -> str | None:
+    """What is asked of positions that the model may treat in a way of its own, or None."""
+    limit = position_limit(request.causal.config)
+    if limit is None or request.causal.config.is_encoder_decoder:
+        return None
+    needed = max(_starts(request), default=0) + request.total - request.prompt - 1
+    if needed <= limit or are_rotary(request.causal) or has_table(request.causal, limit):
+        return None  # a table that ends is refused as such
+    return f"positions beyond the {limit} that the model was made for"
 
 
 def _starts(request: Request) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compat.transformers import GenerateDecoderOnlyOutput, set_cache
 from ..runtime.moving import is_asynchronous
-from .checks import position_limit
+from .checks import clamp_limit
 from .choose import Choose, largest
 from .decode import Settings, decode
 from .hf_draws import HFDraws
@@ -83,7 +83,7 @@ def generate_fast(
                     choose=_choice(generation_config.do_sample, len(input_ids), sampling),
                     streamer=streamer,
                     rows_apart=runner.rows_apart,
-                    limit=position_limit(model.config),
+                    limit=clamp_limit(request.causal),
                     ahead=alone and is_asynchronous(input_ids.device),
                 ),
             )

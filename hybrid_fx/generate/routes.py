@@ -45,6 +45,7 @@ from ..compat.transformers import (
     cache_of,
     loop_fault,
 )
+from .checks import past_positions
 from .hf_cache import cache_fault
 from .request import Request
 
@@ -260,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     Rule("prefix", Route.MODULE, _prefix),
     Rule("positions", Route.MODULE, _positions),
     Rule("padding", Route.MODULE, _padding),
+    Rule("past positions", Route.MODULE, past_positions),
     Rule("outputs", Route.MODULE, _outputs),
     Rule("custom loop", Route.MODULE, _custom_loop),
     Rule("mode", Route.MODULE, _mode),

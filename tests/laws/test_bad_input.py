@@ -104,7 +104,7 @@ def test_bad_calls_are_refused_before_any_work_and_nothing_is_lost(name: str) ->
 
 
 def test_the_last_position_can_be_used() -> None:
-    model = tiny("llama", layers=1)
+    model = tiny("gpt2", layers=1)
     call = {"input_ids": ROW, "max_new_tokens": POSITIONS - 2}
     with hybrid_fx.hybridize(model) as engine:
         assert engine.generate(**call).tolist() == hf_generate(model, **call).tolist()

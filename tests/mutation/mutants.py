@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faults_attention
+import faults_elsewhere
 import faults_engine
 import faults_fusions
 import faults_loop
@@ -31,6 +32,7 @@ MUTANTS: list[Mutant] = mutants_of(
         *faults_runtime.GROUPS,
         *faults_user_code.GROUPS,
         *faults_engine.GROUPS,
+        *faults_elsewhere.GROUPS,
         *faults_loop.GROUPS,
         *faults_training.GROUPS,
         *faults_teams.GROUPS,
