@@ -160,7 +160,7 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
         with pytest.raises(InputError, match=words):
             run(plain, **ROWS, **asked)
     with pytest.raises(InputError, match=r"max_new_tokens\[3\]=400 .*use max_new_tokens\[3\]<="):
-        run(shared_model(), **ROWS, max_new_tokens=[1, 2, 3, 400])
+        run(shared_model("gpt2"), **ROWS, max_new_tokens=[1, 2, 3, 400])
 
 
 @pytest.mark.parametrize("where", ["argument", "config", "positional config", "model"])

@@ -134,7 +134,7 @@ def test_embeddings_of_another_size_are_refused() -> None:
     with pytest.raises(InputError, match=r"inputs_embeds is \[2, 5, 31\].*\[B, T, 32\]"):
         run(shared_model(), inputs_embeds=torch.randn(2, 5, 31), max_new_tokens=3)
     with pytest.raises(InputError, match="after a prompt of 100 tokens needs 139"):
-        run(shared_model(), inputs_embeds=torch.randn(1, 100, 32), max_new_tokens=40)
+        run(shared_model("gpt2"), inputs_embeds=torch.randn(1, 100, 32), max_new_tokens=40)
 
 
 @pytest.mark.parametrize("columns", [1, 5, 8])
