@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..compat.placement import device_of
 from ..runtime.random_state import random_state, set_random_state
 from .request import Request
 
@@ -23,7 +24,7 @@ class Beginning:
     """
 
     def __init__(self, request: Request) -> None:
-        device = request.causal.device
+        device = device_of(request.causal)
         self._device = device
         self._state = random_state(device)
         drafts = request.mode == "assisted_generation"
