@@ -6,7 +6,7 @@ traces through them. Shapes: B batch, T tokens, E hidden size, F MLP size, R LoR
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .packing import packed_linear
+from .row_buckets import by_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -75,8 +76,12 @@ def gated_mlp(
     kind: str,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` with gate and up as one [2F, E] weight."""
-    gate, up = packed_linear(x, gate_up, gate_up_bias).chunk(2, -1)
-    return packed_linear(activate(gate, kind).mul_(up), down, down_bias)
+
+    def product(x: Tensor) -> Tensor:
+        gate, up = packed_linear(x, gate_up, gate_up_bias).chunk(2, -1)
+        return packed_linear(activate(gate, kind).mul_(up), down, down_bias)
+
+    return _of_rows(product, x, gate_up)
 
 
 def split_gated_mlp(
@@ -90,15 +95,28 @@ def split_gated_mlp(
     kind: str,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` with gate and up as weights of their own, [F, E] each."""
-    gated = activate(packed_linear(x, gate, gate_bias), kind)
-    return packed_linear(gated.mul_(packed_linear(x, up, up_bias)), down, down_bias)
+
+    def product(x: Tensor) -> Tensor:
+        gated = activate(packed_linear(x, gate, gate_bias), kind)
+        return packed_linear(gated.mul_(packed_linear(x, up, up_bias)), down, down_bias)
+
+    return _of_rows(product, x, gate)
 
 
 def plain_mlp(
     x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, kind: str
 ) -> Tensor:
     """``down(act(up(x)))``: up [F, E], down [E, F]."""
-    return packed_linear(activate(packed_linear(x, up, up_bias), kind), down, down_bias)
+
+    def product(x: Tensor) -> Tensor:
+        return packed_linear(activate(packed_linear(x, up, up_bias), kind), down, down_bias)
+
+    return _of_rows(product, x, up)
+
+
+def _of_rows(product: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """``product(x)``; where its weights are packed, rows are counted once, not at each of them."""
+    return by_rows(product, x) if weight.is_mkldnn and x.numel() else product(x)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .row_buckets import by_rows
+
 #: What oneDNN reorders, where its layout was measured to pay.
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -57,6 +59,10 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch._C._nn.linear(x, weight, bias)
     if not x.numel():
         return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return by_rows(lambda rows: _product(rows, weight, bias), x)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
