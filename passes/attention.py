@@ -181,7 +181,8 @@ def attend_one(
     """:func:`attend` for one new token a row (T = 1): no causal mask, only the window is read.
 
     Heads of one key-value group stand as queries of one head, so that keys and values are read
-    once, where they lie. A CPU's SDPA is several times slower for one query of each head.
+    once, where they lie. A CPU's SDPA is several times slower for one query of each head. Written
+    out in bfloat16, oneDNN would keep kernels, 1 MiB, for each number of rows and of positions.
     """
     _write(key_memory, key, slots, pitch)
     _write(value_memory, value, slots, pitch)
@@ -192,11 +193,20 @@ def attend_one(
     batch, heads, _, size = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, size)
-    if key_valid is None and not softcap and sinks is None and heads > kv_heads:
-        out = F.scaled_dot_product_attention(grouped, keys, values, scale=scale)
+    fused = query.device.type == "cpu" or (key_valid is None and heads > kv_heads)
+    if fused and not softcap and sinks is None:
+        mask = None if key_valid is None else _with_itself(key_valid)[:, None, None, :]
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     else:
         out = attend_few(grouped, keys, values, key_valid, scale, softcap, sinks)
     return out.reshape(batch, 1, heads, values.shape[3])
+
+
+def _with_itself(key_valid: Tensor) -> Tensor:
+    """Key columns [B, S] that count, the last of them always: no query sees nothing at all."""
+    seen = key_valid.clone()
+    seen[:, -1] = True
+    return seen
 
 
 def attend_few(

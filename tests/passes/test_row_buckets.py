@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +104,16 @@ def test_any_lengths_bring_few_numbers_of_rows_to_the_kernel(
         plain_mlp(x, up, None, down, None, "gelu")
         packed_linear(x, up, None)
     assert len(seen) == 3 * 39
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads VmRSS from /proc/self/status: Linux only"
+)
+def test_memory_does_not_grow_with_the_numbers_of_rows() -> None:
+    """Unbounded, 100 numbers of rows hold 60 MiB."""
+    skip_unpacked(torch.float32)
+    script = Path(__file__).with_name("row_memory.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, most = json.loads(done.stdout.splitlines()[-1])
+    assert most - before < 10, f"{before:.0f} MiB, then {most:.0f}"
