@@ -42,6 +42,19 @@ def _bars(axes: Any, record: dict[str, Any]) -> None:
     axes.set_xlabel("milliseconds" if key == "ms" else "times as fast")
 
 
+def _soak(axes: Any, record: dict[str, Any]) -> None:
+    """Resident memory by rollouts."""
+    rows = [row for row in record["rows"] if "error" not in row]
+    axes.plot([row["turns"] for row in rows], [row["resident_mib"] for row in rows], "o-")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("rollouts")
+    axes.set_ylabel("resident, MiB")
+
+
+#: Workload to its picture; bars where there is none.
+_PICTURES = {"decode": _decode, "soak": _soak}
+
+
 def draw(path: Path) -> Path:
     """Draw the record at ``path``; returns the path of the PNG."""
     import matplotlib
@@ -52,7 +65,7 @@ def draw(path: Path) -> Path:
     record = json.loads(path.read_text())
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     name = record["name"]
-    (_decode if name.startswith("decode-") else _bars)(axes, record)
+    _PICTURES.get(name.partition("-")[0], _bars)(axes, record)
     machine = record["machine"]
     threads = f"{machine['threads']} threads"
     axes.set_title(f"{name}\n{machine['processor']}, {threads}, {record['date']}", fontsize=9)

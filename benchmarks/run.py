@@ -22,6 +22,7 @@ import grpo
 import iteration
 import peers
 import plot
+import soak
 import switch
 import torch
 from learning import LEARNING
@@ -37,9 +38,10 @@ WORKLOADS: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {
     "cold": (cold.run, cold.REPEAT),
     "iteration": (iteration.run, iteration.REPEAT),
     "passes": (each_pass.run, each_pass.REPEAT),
+    "soak": (soak.run, soak.REPEAT),
 }
 #: What ``make bench`` runs.
-DEFAULT = tuple(name for name in WORKLOADS if name != "passes")
+DEFAULT = tuple(name for name in WORKLOADS if name not in ("passes", "soak"))
 
 
 def _known(workloads: tuple[str, ...]) -> Callable[[str], str]:
@@ -69,10 +71,10 @@ def parser(text: str | None, workloads: Iterable[str]) -> argparse.ArgumentParse
     add("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="of decode and passes")
     add("--prompt", type=int, default=64, help="tokens of the other workloads")
     add("--new", type=int, default=48, help="tokens of decode")
-    add("--prompts", type=int, default=4, help="of grpo and iteration")
-    add("--prompt-tokens", type=int, default=256, help="of grpo and iteration")
+    add("--prompts", type=int, default=4, help="of grpo, iteration and soak")
+    add("--prompt-tokens", type=int, default=256, help="of grpo, iteration and soak")
     add("--samples", type=int, default=8, help="of each prompt of grpo and iteration")
-    add("--longest", type=int, default=128, help="new tokens of grpo and iteration")
+    add("--longest", type=int, default=128, help="new tokens of grpo, iteration and soak")
     add("--rows-at-once", type=int, default=8, help="of a backward of iteration")
     learning = tuple(LEARNING)
     add("--learning", nargs="+", choices=learning, default=learning, help="of iteration")

@@ -6,6 +6,7 @@ from mutant import Fault, Group
 
 _PACKING = ("tests/passes/test_pack_weights.py",)
 _HUGE = ("tests/runtime/test_huge_pages.py",)
+_ROWS = ("tests/passes/test_row_buckets.py",)
 _PREPARED = ("tests/runtime/test_prepared_tensors.py",)
 
 GROUPS = (
@@ -138,6 +139,31 @@ GROUPS = (
         (
             Fault("nothing is called folded", "folded=node in folded", "folded=False"),
             Fault("nothing is called a stack", "stacked=_stacked(node)", "stacked=()"),
+        ),
+    ),
+    Group(
+        "row_buckets",
+        "passes/row_buckets.py",
+        _ROWS,
+        (
+            Fault(
+                "each number of rows has its kernel",
+                "    step = 1 if",
+                "    return rows\n    step = 1 if",
+            ),
+            Fault(
+                "rows that fill up stay in the result",
+                "(0, 0, 0, more)))[:rows]",
+                "(0, 0, 0, more)))",
+            ),
+            Fault(
+                "all pieces are the first",
+                "_filled_up(product, flat[start : start + MOST])",
+                "_filled_up(product, flat[: rows - start][:MOST])",
+            ),
+            Fault(
+                "many rows run at once", "if rows <= MOST and rows ==", "if rows > MOST or rows =="
+            ),
         ),
     ),
     Group(
