@@ -195,18 +195,11 @@ def attend_one(
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, size)
     fused = query.device.type == "cpu" or (key_valid is None and heads > kv_heads)
     if fused and not softcap and sinks is None:
-        mask = None if key_valid is None else _with_itself(key_valid)[:, None, None, :]
+        mask = None if key_valid is None else key_valid[:, None, None, :]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     else:
         out = attend_few(grouped, keys, values, key_valid, scale, softcap, sinks)
     return out.reshape(batch, 1, heads, values.shape[3])
-
-
-def _with_itself(key_valid: Tensor) -> Tensor:
-    """Key columns [B, S] that count, the last of them always: no query sees nothing at all."""
-    seen = key_valid.clone()
-    seen[:, -1] = True
-    return seen
 
 
 def attend_few(

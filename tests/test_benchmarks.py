@@ -15,7 +15,7 @@ TINY = (
     "--prompt-tokens 5 --longest 6 --rows-at-once 2 --layers 1 --passes concat_qkv pack_weights "
     "--save"
 ).split()
-WORKLOADS = ("decode", "grpo", "switch", "iteration", "passes")
+WORKLOADS = ("decode", "grpo", "switch", "iteration", "passes", "soak")
 
 
 def benchmark(*argv: str, script: str = "run.py") -> str:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from hybrid_fx.passes import attention
 from hybrid_fx.passes.attention import attend, attend_one
 
 
@@ -190,3 +191,20 @@ def test_what_stands_in_a_padded_slot_never_shows(case, options):
         assert dirty.isfinite().all()
         here = meant(case, operator)
         torch.testing.assert_close(dirty[here], clean[here], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_decode_step_on_a_cpu_multiplies_nothing_by_the_number_of_positions(
+    padded, groups, monkeypatch
+):
+    """oneDNN keeps a kernel for each shape of a product in bfloat16."""
+
+    def no_product(*_):
+        raise AssertionError("a product of a shape of its own")
+
+    monkeypatch.setattr(attention, "attend_few", no_product)
+    case = Case(0, 2, 2, groups, 6, 1, padded, False)
+    slots, pitch = contiguous(case)
+    plain = {"scale": 0.5, "window": 0, "softcap": 0.0}
+    check(case, attend_one, slots, pitch, plain)
