@@ -45,8 +45,8 @@ GROUPS = (
             ),
             Fault(
                 "a single query is scaled twice",
-                "(grouped, keys, values, scale=scale)",
-                "(grouped * scale, keys, values, scale=scale)",
+                "(grouped, keys, values, attn_mask=mask, scale=scale)",
+                "(grouped * scale, keys, values, attn_mask=mask, scale=scale)",
             ),
             Fault(
                 "padding is attended to",
