@@ -18,6 +18,7 @@ FusionMode = Literal["measured", "all"]
 GraphMode = Literal["eager", "inductor", "cudagraphs"]
 SamplingMode = Literal["hf", "per_sequence"]
 VerifyMode = Literal["off", "checksum"]
+PackMode = Literal["auto", "same"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lora": ("auto", "fold", "side"),
@@ -25,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "graph": ("eager", "inductor", "cudagraphs"),
     "sampling": ("hf", "per_sequence"),
     "verify_weights": ("off", "checksum"),
+    "pack_dtype": ("auto", "same"),
 }
 _FLAGS = ("release_inference_cache", "strict", "disk_cache", "train_graph", "share_storage")
 
@@ -68,6 +70,11 @@ class HybridConfig:
             that gave up alone would leave the others waiting.
         fusions: Fused MLP and residual-norm where a recorded benchmark showed a gain of 3 % or
             more on the model's family (``"measured"``), or wherever they fit (``"all"``).
+        pack_dtype: What packed weights on a CPU are kept in. ``"auto"``: what measures fastest on
+            this machine, once, in under a second; for bfloat16 weights that is float32 where the
+            processor has no instructions for bfloat16, which takes 4 bytes a weight and stays
+            nearer to the exact result. ``"same"``: never another dtype than the weights'; what
+            cannot be packed in that is read as it is.
         disable_passes: Names of optional passes to leave out, e.g. ``("concat_qkv",)``.
         train_graph: While the model is in training, ``engine(**batch)`` runs a graph captured
             under its training flags: the same loss, gradients and random numbers. Its result
@@ -102,6 +109,7 @@ class HybridConfig:
     cache_dir: str | None = None
     capture_timeout: float | None = 120.0
     fusions: FusionMode = "measured"
+    pack_dtype: PackMode = "auto"
     disable_passes: tuple[str, ...] = ()
     train_graph: bool = False
     share_storage: bool = False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hybrid_fx.passes.packing import pack, packed_bytes, packs
+from hybrid_fx.passes.packing import PLAIN, pack, packed_bytes, usual_forms
 
 
 def live_bytes() -> int:
@@ -64,12 +64,18 @@ def packed_memory(weight: Tensor) -> bytes:
     return ctypes.string_at(torch.ops.mkldnn.data_ptr(weight), packed_bytes(weight))
 
 
+def packed_in(dtype: torch.dtype) -> torch.dtype | None:
+    """What weights of a dtype are packed in on this machine's CPU; None: not at all."""
+    return usual_forms(torch.device("cpu")).get(dtype, PLAIN).dtype
+
+
 def lies_in_pieces(dtype: torch.dtype) -> bool:
     """Whether the rows of a packed weight lie as they do where some of them are packed alone.
 
     Those of float32 do not in oneDNN 3.10, of torch 2.11: it lays them out by columns.
     """
-    if not packs(torch.device("cpu"), dtype):
+    inside = packed_in(dtype)
+    if inside is None:
         return False
-    weight = torch.arange(128 * 48).view(128, 48).to(dtype)
+    weight = torch.arange(128 * 48).view(128, 48).to(inside)
     return packed_memory(pack(weight)).startswith(packed_memory(pack(weight[:64])))

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection
@@ -25,11 +24,10 @@ from ..errors import CacheError
 from ..plan.failure import Failure
 from ..plan.plan import Plan
 from ..plan.source_check import check_source
+from .private_files import check_owner, make_private, read_own_file, replace_file
 
 FORMAT = 1
 """Version of the file's envelope."""
-MAX_BYTES = 2**26
-"""Largest file that is read; a plan takes 50 KB to 3 MB."""
 STALE_SECONDS = 3600
 """Age at which the temporary file of a writer that died is swept away."""
 
@@ -38,7 +36,6 @@ _T = TypeVar("_T")
 _DIGEST = re.compile(r"[0-9a-f]{8,128}")
 _ENTRY = re.compile(r"[0-9a-f]{8,128}\.json")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8,128}\.[^/]*\.tmp")
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def default_directory() -> Path:
@@ -102,14 +99,14 @@ class DiskStore:
     def _read(self, digest: str, kind: str, make: Callable[[Any], _T]) -> _T | None:
         path = self.path(digest)
         try:
-            _check_owner(os.stat(self.directory), self.directory, "directory")
+            check_owner(os.stat(self.directory), self.directory, "directory")
         except FileNotFoundError:
             return None
         except (CacheError, OSError) as error:
             self._trouble("read", error)
             return None
         try:
-            return make(_decode(_read_own_file(path), digest, kind))
+            return make(_decode(read_own_file(path), digest, kind))
         except FileNotFoundError:
             return None
         except (CacheError, OSError, RecursionError) as error:
@@ -133,9 +130,9 @@ class DiskStore:
         path = self.path(digest)
         content = _encode(digest, kind, value)
         try:
-            _make_private(self.directory)
-            _check_owner(os.stat(self.directory), self.directory, "directory")
-            _replace_file(path, content)
+            make_private(self.directory)
+            check_owner(os.stat(self.directory), self.directory, "directory")
+            replace_file(path, content)
         except (CacheError, OSError) as error:
             self._trouble("written", error)
             return False
@@ -212,74 +209,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         raise CacheError("damaged: an object names one field twice")
     return value
-
-
-def _make_private(directory: Path) -> None:
-    """Create ``directory``, and each missing parent, for this user alone."""
-    if not directory.exists():
-        _make_private(directory.parent)
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-
-
-def _check_owner(found: os.stat_result, path: Path, kind: str) -> None:
-    """Refuse what another user owns or may write.
-
-    Raises:
-        CacheError: naming the owner or the mode, and the remedy.
-    """
-    if kind == "directory" and not stat.S_ISDIR(found.st_mode):
-        raise CacheError(f"{path} is not a directory")
-    if hasattr(os, "getuid"):
-        if found.st_uid != os.getuid():
-            raise CacheError(f"the {kind} {path} belongs to user {found.st_uid}, not {os.getuid()}")
-        if found.st_mode & _WRITABLE_BY_OTHERS:
-            mode = stat.S_IMODE(found.st_mode)
-            raise CacheError(
-                f"the {kind} {path} has mode {mode:04o}: others may write it; chmod go-w"
-            )
-
-
-def _read_own_file(path: Path) -> bytes:
-    """Return the bytes of ``path``, a regular file of this user; never follow a link to it."""
-    # O_NONBLOCK: a pipe laid in our way must not hang the open.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise CacheError(f"{path} is not a regular file")
-        _check_owner(found, path, "file")
-        if found.st_size > MAX_BYTES:
-            raise CacheError(f"it has {found.st_size} bytes, above the limit of {MAX_BYTES}")
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(MAX_BYTES)
-        if os.utime in os.supports_fd:
-            with contextlib.suppress(OSError):  # a read-only disk cannot note the use
-                os.utime(descriptor)
-    finally:
-        os.close(descriptor)
-    return content
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` in one step that survives a crash."""
-    descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp"
-    )
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    with contextlib.suppress(OSError):  # not every file system can sync a directory
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

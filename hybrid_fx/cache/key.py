@@ -36,7 +36,7 @@ from .tree import (
 # Options that change how a plan is run or kept; every other one is part of the key.
 NOT_IN_GRAPH = frozenset(
     "max_out_tokens release_inference_cache verify_weights strict disk_cache cache_dir "
-    "train_graph share_storage sampling capture_timeout".split()
+    "train_graph share_storage sampling capture_timeout pack_dtype".split()
 )
 
 _NOT_ADAPTER_CONFIG = frozenset(

@@ -6,8 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..plan.records import Prepared
 from ..runtime import PlanRunner
+from ..runtime.forms import name_of
 from .iteration import readable_bytes
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -40,9 +43,14 @@ def prepared_copies(
             lay out.
     """
 
-    def reason(tensor: Prepared, packed: bool) -> str:
-        if packed:
+    def reason(tensor: Prepared, packed: torch.dtype | None) -> str:
+        if packed == getattr(torch, tensor.dtype):
             return "packed for the kernels of the device"
+        if packed is not None:
+            return (
+                f"packed in {name_of(packed)}, {packed.itemsize} bytes a weight, for the kernels "
+                f'of the device; pack_dtype="same" keeps {tensor.dtype}'
+            )
         if tensor.folded:
             return "adapters are folded into it"
         operator, made, _ = tensor.recipe.partition("(")

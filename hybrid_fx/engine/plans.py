@@ -25,12 +25,16 @@ from .source import Source
 from .stats import Stats
 
 
+def cache_directory(config: HybridConfig) -> Path | None:
+    """Where a config keeps things on the disk; ``None``: nowhere."""
+    if not config.disk_cache:
+        return None
+    return Path(config.cache_dir) if config.cache_dir else default_directory()
+
+
 def open_cache(config: HybridConfig) -> PlanCache:
     """The plan cache that a config asks for."""
-    directory = None
-    if config.disk_cache:
-        directory = Path(config.cache_dir) if config.cache_dir else default_directory()
-    return PlanCache(directory, operator_names=OPERATORS.keys())
+    return PlanCache(cache_directory(config), operator_names=OPERATORS.keys())
 
 
 def find_plan(cache: PlanCache, name: str, stats: Stats) -> Plan | None:

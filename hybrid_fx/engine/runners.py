@@ -10,11 +10,14 @@ from torch import nn
 from ..compat.placement import device_of
 from ..config import HybridConfig
 from ..generate import causal_lm, position_limit
+from ..passes.packing import Forms
 from ..plan.plan import Plan
 from ..runtime import PlanRunner
+from ..runtime.forms import measured_forms
 from ..runtime.lowering import by_inductor
 from ..runtime.recording import Recorder, Recording, Step, recorder_of
 from ..runtime.shared_rows import SharedRows
+from .plans import cache_directory
 from .source import Source
 from .stats import Stats
 
@@ -51,6 +54,16 @@ def _recorder(config: HybridConfig, device: torch.device, stats: Stats) -> Recor
     return _Counted(made, stats)
 
 
+def forms_of(plan: Plan, device: torch.device, config: HybridConfig) -> Forms:
+    """What a config lets a plan pack on a device, and how."""
+    return measured_forms(
+        device,
+        sorted({getattr(torch, t.dtype) for t in plan.manifest.prepared if t.packed}, key=str),
+        same_dtype=config.pack_dtype == "same",
+        directory=cache_directory(config),
+    )
+
+
 def make_runner(
     plan: Plan,
     source: Source,
@@ -80,4 +93,5 @@ def make_runner(
         rows=rows,
         measures=measures,
         recorder=_recorder(config, device, stats),
+        forms=forms_of(plan, device, config),
     )

@@ -8,11 +8,14 @@ import torch
 
 from ..passes import folding, packing
 from ..passes.layers import layer_of
+from ..passes.packing import PLAIN, Forms
 from ..plan.plan import Manifest
 from ..plan.records import Prepared, Weight
 
 
-def prepare_peak_bytes(manifest: Manifest, device: torch.device, *, gathers: bool) -> int:
+def prepare_peak_bytes(
+    manifest: Manifest, device: torch.device, *, gathers: bool, forms: Forms
+) -> int:
     """An upper bound of what a prepare holds at once: all it keeps, and what it makes of that.
 
     The latter is what one layer gathers, folds and joins before it is copied or packed, the pieces
@@ -20,6 +23,7 @@ def prepare_peak_bytes(manifest: Manifest, device: torch.device, *, gathers: boo
 
     Args:
         gathers: Whether weights are sharded, so that all that is prepared is gathered or made.
+        forms: What is packed, and how.
     """
     kept, packing_at_once = 0, 0
     made: dict[str, int] = {}
@@ -30,13 +34,13 @@ def prepare_peak_bytes(manifest: Manifest, device: torch.device, *, gathers: boo
         made[layer] = made.get(layer, 0) + _nbytes(tensor)
 
     for tensor in manifest.prepared:
-        dtype = getattr(torch, tensor.dtype)
-        packed = tensor.packed and packing.packs(device, dtype)
-        size = packing.most_bytes(tensor.shape, dtype) if packed else _nbytes(tensor)
+        form = forms.get(getattr(torch, tensor.dtype), PLAIN) if tensor.packed else PLAIN
+        packed = form.dtype
+        size = packing.most_bytes(tensor.shape, packed) if packed else _nbytes(tensor)
         if tensor.owns_memory or packed or gathers:
             kept += size
         if packed:
-            pieces = packing.piece_bytes(tensor.shape, dtype)
+            pieces = packing.piece_bytes(tensor.shape, packed)
             packing_at_once = max(packing_at_once, size, pieces)
         elif tensor.owns_memory:
             make(tensor)

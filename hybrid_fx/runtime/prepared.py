@@ -10,11 +10,22 @@ import torch
 from torch import Tensor
 
 from ..passes.kernels import concat_rows
-from ..passes.packing import pack, packed_bytes, packs, refill
+from ..passes.packing import (
+    PLAIN,
+    FewRows,
+    Forms,
+    PackForm,
+    is_plain,
+    lend,
+    pack,
+    packed_bytes,
+    refill,
+    usual_forms,
+)
 from ..plan.records import Prepared
 from .huge_pages import block
 from .placing import lay_out, place
-from .shared_rows import SharedRows
+from .shared_rows import SharedRows, storage_of
 
 #: A tensor in memory that is this many times its own is a slice; what was gathered is padded.
 _PADDED = 1.25
@@ -50,7 +61,8 @@ class PreparedTensors:
         wanted: What there is to be, in order.
         gather: Makes sharded weights whole; ``None`` where all are.
         rows: Where weights that are stacked lie in one buffer.
-        join: The operator ``concat_rows``, for what a device does not pack.
+        join: The operator ``concat_rows``, for what is not packed.
+        forms: What is packed, and how; ``None`` is :func:`~hybrid_fx.passes.packing.usual_forms`.
     """
 
     def __init__(
@@ -59,11 +71,14 @@ class PreparedTensors:
         gather: Gather | None = None,
         rows: SharedRows | None = None,
         join: Callable[..., Tensor] = concat_rows,
+        forms: Forms | None = None,
     ) -> None:
         self._wanted = wanted
         self._gather = gather
         self._rows = rows
         self._join = join
+        self._forms = forms
+        self._lent: frozenset[int] = frozenset()
         self.tensors: list[Tensor] = []
         self._kept: list[Tensor | None] = [None] * len(wanted)
         self._next: list[Tensor | None] = []
@@ -77,10 +92,12 @@ class PreparedTensors:
         return packed + sum({s._cdata: s.nbytes() for s in storages}.values())
 
     @property
-    def copies(self) -> list[tuple[Prepared, int, bool]]:
-        """The tensors that have memory of their own, its bytes, and whether it is packed."""
+    def copies(self) -> list[tuple[Prepared, int, torch.dtype | None]]:
+        """The tensors that have memory of their own, its bytes, and what they are packed in."""
         return [
-            (wanted, packed_bytes(kept) if kept.is_mkldnn else kept.nbytes, kept.is_mkldnn)
+            (wanted, packed_bytes(kept), kept.dtype)
+            if kept.is_mkldnn
+            else (wanted, kept.nbytes, None)
             for wanted, kept in zip(self._wanted, self._kept, strict=True)
             if kept is not None
         ]
@@ -92,8 +109,13 @@ class PreparedTensors:
         plain = [t for t in self.tensors if not t.is_mkldnn]
         return sum(t.nbytes for t in plain if rows is not None and rows.lent(t))
 
-    def begin(self) -> None:
-        """Start a new version: nothing is valid until every tensor was stored."""
+    def begin(self, weights: Sequence[Tensor] = ()) -> None:
+        """Start a new version: nothing is valid until every tensor was stored.
+
+        Args:
+            weights: The model's own, which are held anyway.
+        """
+        self._lent = frozenset(map(storage_of, weights)) - {0}
         self.tensors = []
         self._next = [None] * len(self._wanted)
 
@@ -122,22 +144,50 @@ class PreparedTensors:
 
     def store_packed(self, index: int, *weights: Tensor) -> None:
         """Take tensor ``index`` of the new version: weights [n_i, E], to be stacked and packed."""
-        kept, first = self._kept[index], weights[0]
-        if kept is None:
-            kept = self._like_another(sum(weight.shape[0] for weight in weights), first)
-        if kept is not None and refill(kept, *(weight.detach() for weight in weights)):
-            self._kept[index] = self._next[index] = kept
+        form = self._form(weights)
+        if form.dtype is None:
+            # Where weights lie as a stack is known by the parameters themselves.
+            self.store(index, self._stacked(weights, self._join))
             return
-        if kept is not None and kept.is_mkldnn:
-            self._kept[index] = kept = None  # not held beside what takes its place
-        # Where weights lie as a stack is of use only where that is what is read. It is known by the
-        # parameters themselves.
-        join = concat_rows if packs(first.device, first.dtype) else self._join
-        self.store(index, pack(first if len(weights) == 1 else join(*weights)))
+        kept, plain = self._kept[index], tuple(weight.detach() for weight in weights)
+        if kept is None:
+            kept = self._like_another(plain, form.dtype)
+        if kept is not None and refill(kept, *plain, dtype=form.dtype):
+            self._kept[index] = self._next[index] = kept
+        else:
+            if kept is not None and kept.is_mkldnn:
+                self._kept[index] = kept = None  # not held beside what takes its place
+            # Nobody else holds a stack or a cast, so that each is gone when the next is made.
+            self.store(index, pack(self._stacked(plain, concat_rows).to(form.dtype)))
+        self._lend(index, FewRows(form.plain_rows, plain))
 
-    def _like_another(self, rows: int, weight: Tensor) -> Tensor | None:
+    def _form(self, weights: Sequence[Tensor]) -> PackForm:
+        """How a stack of weights is held."""
+        first = weights[0]
+        forms = usual_forms(first.device) if self._forms is None else self._forms
+        return forms.get(first.dtype, PLAIN) if all(map(is_plain, weights)) else PLAIN
+
+    def _stacked(self, weights: Sequence[Tensor], join: Callable[..., Tensor]) -> Tensor:
+        return weights[0] if len(weights) == 1 else join(*weights)
+
+    def _lend(self, index: int, few: FewRows) -> None:
+        """Let few rows read the weights that a packed tensor is of, where those are the model's."""
+        packed = self._next[index]
+        assert packed is not None
+        if packed.is_mkldnn:
+            ours = few.rows and all(t.is_contiguous() and self._is_lent(t) for t in few.parts)
+            lend(packed, few if ours else None)
+
+    def _is_lent(self, tensor: Tensor) -> bool:
+        """Whether a tensor is memory of the model's."""
+        if self._gather is not None:
+            return self._gather.lent(tensor)
+        return storage_of(tensor) in self._lent
+
+    def _like_another(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
         """Memory to pack into, laid out as what another layer has packed in this version."""
-        wanted = (rows, *weight.shape[1:]), weight.dtype
+        rows = sum(weight.shape[0] for weight in weights)
+        wanted = (rows, *weights[0].shape[1:]), dtype
         packed = (tensor for tensor in self._next if tensor is not None and tensor.is_mkldnn)
         other = next((t for t in packed if (tuple(t.shape), t.dtype) == wanted), None)
         memory = None if other is None else block(packed_bytes(other))

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..passes.packing import lent
 from ..plan.plan import Manifest
 from .attend_at import masks_at
 from .closeness import allowed_distance, distance_of
@@ -251,5 +252,7 @@ class RecordedDecode:
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor lies, as far as kernels are told; packed ones keep it in their own way."""
     if tensor.is_mkldnn:
-        return (torch.ops.mkldnn.data_ptr(tensor),)
+        few = lent(tensor)
+        parts = () if few is None else few.parts
+        return (torch.ops.mkldnn.data_ptr(tensor), *(part.data_ptr() for part in parts))
     return tensor.data_ptr(), tensor.stride()

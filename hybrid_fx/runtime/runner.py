@@ -15,6 +15,7 @@ from ..errors import EngineBusyError, EngineClosedError, InputError
 from ..passes.collectives import Group
 from ..passes.folding import unmeasured_dora, unmeasured_lora
 from ..passes.operators import OPERATORS
+from ..passes.packing import Forms, usual_forms
 from ..plan.plan import Plan, load_functions
 from .attend_at import attend_at
 from .lowering import Lowering, is_weight
@@ -40,6 +41,7 @@ class PlanRunner:
 
     Attributes:
         holds_keys: Whether its sessions take keys and values, and give them back.
+        forms: What is packed, and how.
 
     Args:
         plan: What to run; its sources are checked before they are executed.
@@ -55,6 +57,7 @@ class PlanRunner:
         measures: Whether a fold measures what rounding takes of it, for :attr:`errors`.
         recorder: Records decode steps, of a plan that one process runs by itself; ``None`` runs
             each as it is.
+        forms: What is packed, and how; ``None`` is :func:`~hybrid_fx.passes.packing.usual_forms`.
     """
 
     holds_keys = True
@@ -74,6 +77,7 @@ class PlanRunner:
         rows: SharedRows | None = None,
         measures: bool = True,
         recorder: Recorder | None = None,
+        forms: Forms | None = None,
     ) -> None:
         if (plan.manifest.ranks > 1) != (group is not None):
             raise InputError(
@@ -118,7 +122,10 @@ class PlanRunner:
             fixed = table | {"attend_one": attend_at}
             step = load_functions(plan.sources["decode"], fixed, name="recorded decode")["decode"]
             self.recorded = RecordedDecode(step, plan.manifest, recorder, self.workspace, device)
-        self.prepared = PreparedTensors(plan.manifest.prepared, gather, rows, table["concat_rows"])
+        self.forms = usual_forms(device) if forms is None else forms
+        self.prepared = PreparedTensors(
+            plan.manifest.prepared, gather, rows, table["concat_rows"], self.forms
+        )
         self._measured = Measured()
         self._open: PlanSession | None = None
         #: Whether a row may be computed beside other rows than those of its call: a probe tells.
@@ -130,7 +137,9 @@ class PlanRunner:
     def prepare_peak_bytes(self) -> int:
         """See :func:`.peak.prepare_peak_bytes`."""
         gathers = self._gather is not None
-        return prepare_peak_bytes(self.plan.manifest, self.device, gathers=gathers)
+        return prepare_peak_bytes(
+            self.plan.manifest, self.device, gathers=gathers, forms=self.forms
+        )
 
     @property
     def measure_peak_bytes(self) -> int:
@@ -155,7 +164,7 @@ class PlanRunner:
         """Make the prepared tensors of the current weights, given by qualified name."""
         if self._stream is not None:
             self.prepared.release()  # memory is short: nothing stands beside what is made anew
-        self.prepared.begin()
+        self.prepared.begin([tensors[weight.name] for weight in self.plan.manifest.weights])
         with torch.no_grad(), self._weights(tensors) as weights:
             self._measured = Measured()
             stores = (self.prepared, self._measured)[: 2 if self.plan.manifest.lora else 1]

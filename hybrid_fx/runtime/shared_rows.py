@@ -44,7 +44,7 @@ class _Stack:
         storage, address = self.pieces[piece]
         return (
             not _gone(storage)
-            and _storage(weight) == storage.cdata
+            and storage_of(weight) == storage.cdata
             and weight.data_ptr() == address
             and weight.is_contiguous()
             and weight.dtype == self.whole.dtype
@@ -95,11 +95,11 @@ class SharedRows:
             on_move: Called at the end where some were.
         """
         self.copied, before = {}, self.moved
-        places = {(_storage(t), t.data_ptr()) for t in tensors.values() if _is_plain(t)}
+        places = {(storage_of(t), t.data_ptr()) for t in tensors.values() if _is_plain(t)}
         self._keep([stack for stack in self._stacks.values() if stack.places <= places])
         for name, tensor in tensors.items():
             if self._names.setdefault(id(tensor), name) == name:
-                self._users.setdefault(_storage(tensor), []).append(name)
+                self._users.setdefault(storage_of(tensor), []).append(name)
         try:
             yield
         finally:
@@ -109,7 +109,7 @@ class SharedRows:
 
     def concat_rows(self, *weights: Tensor) -> Tensor:
         """The operator of that name: the stack in which ``weights`` lie, or a copy of them."""
-        stack = self._stacks.get(_storage(weights[0]))
+        stack = self._stacks.get(storage_of(weights[0]))
         if stack is not None and stack.is_of(weights):
             return stack.whole
         if self._names:
@@ -123,7 +123,7 @@ class SharedRows:
 
     def lent(self, tensor: Tensor) -> bool:
         """Whether the memory is the model's, so that it is neither kept nor refilled."""
-        return _storage(tensor) in self._lent
+        return storage_of(tensor) in self._lent
 
     def undo(self, tensors: Mapping[str, Tensor]) -> None:
         """Give each of ``tensors`` that lies in a stack memory of its own again.
@@ -137,7 +137,7 @@ class SharedRows:
         }
         self._keep([])
         for tensor in tensors.values():
-            stack, index = pieces.get(_storage(tensor), (None, 0))
+            stack, index = pieces.get(storage_of(tensor), (None, 0))
             if stack is not None and stack.has(tensor, index) and is_alone(tensor):
                 own = torch.empty_like(tensor.data)
                 fits = not (own.data_ptr() - tensor.data_ptr()) % _boundary(tensor)
@@ -146,7 +146,7 @@ class SharedRows:
     def _keep(self, stacks: Sequence[_Stack]) -> None:
         """Hold these buffers and no other; the parameters in the others hold what they need."""
         self._stacks = {stack.pieces[0][0].cdata: stack for stack in stacks}
-        self._lent = {_storage(stack.whole) for stack in stacks}
+        self._lent = {storage_of(stack.whole) for stack in stacks}
         self._ours = {storage.cdata for stack in stacks for storage, _ in stack.pieces}
 
     def _refusal(self, names: Sequence[str], weights: Sequence[Tensor]) -> str:
@@ -161,9 +161,9 @@ class SharedRows:
         for name, weight in zip(names, weights, strict=True):
             if reason := _odd(weight):
                 return f"{name} {reason}"
-            if others := [user for user in self._users[_storage(weight)] if user != name]:
+            if others := [user for user in self._users[storage_of(weight)] if user != name]:
                 return f"{name} shares its memory with {others[0]}"
-            if _storage(weight) in self._ours:
+            if storage_of(weight) in self._ours:
                 return f"{name} lies in another stack"
             if not is_alone(weight):
                 return f"something else holds the memory of {name}, a view or a live graph"
@@ -184,7 +184,7 @@ class SharedRows:
         self._move(weights, pieces)
         stack = _Stack(whole, tuple((_weak(w), w.data_ptr()) for w in weights))
         self._stacks[stack.pieces[0][0].cdata] = stack
-        self._lent.add(_storage(whole))
+        self._lent.add(storage_of(whole))
         self._ours |= {storage.cdata for storage, _ in stack.pieces}
         self._done.add(names)
         return whole
@@ -197,7 +197,7 @@ class SharedRows:
             self.moved += 1
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     """The identity of the tensor's storage; 0 for sparse and packed tensors."""
     try:
         return int(tensor.untyped_storage()._cdata)
@@ -240,7 +240,7 @@ def _odd(weight: Tensor) -> str:
 def is_alone(weight: Tensor) -> bool:
     """Whether no other tensor holds the memory of ``weight``."""
     fresh = torch.empty(0, device="cpu")
-    counts = [torch._C._storage_Use_Count(_storage(t)) for t in (fresh, weight)]
+    counts = [torch._C._storage_Use_Count(storage_of(t)) for t in (fresh, weight)]
     return counts[1] <= counts[0]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_fx.cache import disk
+from hybrid_fx.cache import disk, private_files
 from hybrid_fx.cache.disk import DiskStore, default_directory
 from hybrid_fx.errors import CacheError
 from hybrid_fx.plan.plan import Manifest, Plan
@@ -273,7 +273,7 @@ def test_no_descriptor_stays_open_after_a_miss(store, path):
 
 
 def test_a_file_beyond_the_size_limit_is_not_read(store, path, monkeypatch):
-    monkeypatch.setattr(disk, "MAX_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(private_files, "MAX_BYTES", path.stat().st_size - 1)
     assert "above the limit" in read_with_one_warning(store)
 
 

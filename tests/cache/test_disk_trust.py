@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_fx.cache import disk
+from hybrid_fx.cache import private_files
 from hybrid_fx.cache.disk import DiskStore
 from hybrid_fx.plan.plan import Manifest, Plan
 
@@ -58,7 +58,7 @@ def test_a_file_that_others_may_write_is_one_warning_and_a_miss(store, path, mod
 
 
 def test_a_file_of_another_user_is_one_warning_and_a_miss(store, path, monkeypatch):
-    inner = disk._check_owner
+    inner = private_files.check_owner
 
     def check(found, where, kind):
         """As if the directory alone were ours."""
@@ -66,7 +66,7 @@ def test_a_file_of_another_user_is_one_warning_and_a_miss(store, path, monkeypat
             monkeypatch.setattr(os, "getuid", lambda: found.st_uid + 1)
         inner(found, where, kind)
 
-    monkeypatch.setattr(disk, "_check_owner", check)
+    monkeypatch.setattr(private_files, "check_owner", check)
     assert "belongs to user" in read_with_one_warning(store)
 
 

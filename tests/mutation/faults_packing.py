@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Fault, Group
 
 _PACKING = ("tests/passes/test_pack_weights.py",)
+_FORMS = ("tests/passes/test_packed_in_another_dtype.py",)
 _HUGE = ("tests/runtime/test_huge_pages.py",)
 _ROWS = ("tests/passes/test_row_buckets.py",)
 _PREPARED = ("tests/runtime/test_prepared_tensors.py",)
@@ -43,8 +44,8 @@ GROUPS = (
             ),
             Fault(
                 "the first weight of a stack is packed alone",
-                "                yield _stacked(group)\n",
-                "                yield group[0]\n",
+                "                yield _stacked(group, dtype)\n",
+                "                yield group[0].to(dtype)\n",
             ),
             Fault("a piece takes a whole weight", "room = size - count", "room = len(weight)"),
             Fault(
@@ -55,12 +56,12 @@ GROUPS = (
             Fault("all pieces lie at the beginning", "        at += length\n", ""),
             Fault(
                 "rows that lie otherwise alone are put where they do not belong",
-                "return len(other) <= 2 and set(other) <= {rows, filled}",
+                "return len(other) <= 2 and any(set(other) <= {rows, one} for one in filled)",
                 "return True",
             ),
             Fault(
                 "no rows are known to lie in pieces",
-                "return len(other) <= 2 and set(other) <= {rows, filled}",
+                "return len(other) <= 2 and any(set(other) <= {rows, one} for one in filled)",
                 "return False",
             ),
             Fault(
@@ -74,6 +75,29 @@ GROUPS = (
                 "_refilled(kept, weights, rows)",
             ),
             Fault("a stack is tried again", "return len(weights) == 1 and", "return"),
+            Fault(
+                "the bias of a product in another dtype is not cast",
+                "None if bias is None else bias.to(inside)",
+                "bias",
+                _FORMS,
+            ),
+            Fault("a result keeps the dtype of its kernel", "return out.to(dtype)", "return out"),
+            Fault("more rows read the weight", "<= few.rows *", "<= 2 * few.rows *", _FORMS),
+            Fault(
+                "parts are put in another order",
+                "return torch.cat(tuple(products), -1)",
+                "return torch.cat(tuple(products)[::-1], -1)",
+                _FORMS,
+            ),
+            Fault(
+                "a piece is held beside the next one", "        del piece, new", "        #", _FORMS
+            ),
+            Fault(
+                "a cast is tried in one piece",
+                "kept.dtype == first.dtype and _refilled(kept, weights, rows)",
+                "_refilled(kept, weights, rows)",
+                _FORMS,
+            ),
             Fault("double precision is packed in single", " or dtype not in _DTYPES", ""),
         ),
     ),
@@ -84,21 +108,33 @@ GROUPS = (
         (
             Fault(
                 "packed memory is returned and taken anew",
-                "if kept is not None and refill(kept, *(weight.detach() for weight in weights)):",
+                "if kept is not None and refill(kept, *plain, dtype=form.dtype):",
                 "if False:",
             ),
             Fault(
                 "weights are joined as tensors that nobody knows",
-                "concat_rows if packs(first.device, first.dtype) else self._join",
-                "concat_rows",
+                "self.store(index, self._stacked(weights, self._join))",
+                "self.store(index, self._stacked(weights, concat_rows))",
                 ("tests/engine/test_share_storage.py",),
             ),
             Fault("an opaque weight is refilled", "if wanted.packed and value.", "if value."),
+            Fault(
+                "what is no memory of the model's is lent",
+                "self._is_lent(t) for t",
+                "True for t",
+                ("tests/runtime/test_packed_in_float32.py",),
+            ),
+            Fault(
+                "the weights of before stay lent",
+                "            lend(packed, few if ours else None)",
+                "            lend(packed, lent(packed) or (few if ours else None))",
+                ("tests/runtime/test_packed_in_float32.py",),
+            ),
             Fault("a packed weight is lent", "if wanted.packed and value.", "if False and value."),
             Fault(
                 "what a device does not pack is always copied",
-                "if packs(first.device, first.dtype) else self._join",
-                "",
+                "self._stacked(weights, self._join)",
+                "self._stacked(weights, concat_rows)",
             ),
         ),
     ),

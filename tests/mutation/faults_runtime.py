@@ -206,13 +206,13 @@ GROUPS = (
         (
             Fault(
                 "a stack is taken for that of parameters that were put elsewhere",
-                "            and _storage(weight) == storage.cdata\n"
+                "            and storage_of(weight) == storage.cdata\n"
                 "            and weight.data_ptr() == address\n",
                 "",
             ),
             Fault(
                 "tied parameters are torn apart",
-                "if others := [user for user in self._users[_storage(weight)] if user != name]:",
+                "if others := [user for user in self._users[storage_of(weight)] if user != name]:",
                 "if others := []:",
             ),
             Fault(
@@ -227,7 +227,7 @@ GROUPS = (
             ),
             Fault(
                 "a parameter is taken out of another stack",
-                "            if _storage(weight) in self._ours:\n",
+                "            if storage_of(weight) in self._ours:\n",
                 "            if False:\n",
             ),
             Fault(

@@ -98,7 +98,7 @@ def test_packed_memory_is_refilled_and_that_of_an_opaque_weight_is_not() -> None
     (first,), (second,) = ([*packed_of(own, weight)] for weight in weights)
     assert address(first) == address(second)
     assert first.to_dense().eq(1).all()
-    assert [packed for _, _, packed in own.copies] == [True]
+    assert [packed for _, _, packed in own.copies] == [torch.float32]
 
 
 @opaque
