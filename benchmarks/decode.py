@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> Result:
                 more, machine = at_batch(batch, model, theirs, floor, args, stack)
             rows += more
             gave.append(machine)
-    kind = "oneDNN, packed" if floor.packed else "F.linear"
+    kind = "F.linear" if floor.packed is None else f"oneDNN, packed in {floor.packed}"
     different = [row["what"] for row in rows if row.get("same_tokens") is False]
     notes = [f"linear layers alone: {kind}"]
     if different:

@@ -1,8 +1,8 @@
 """What the machine allows: how fast it reads, multiplies, and runs the linear layers alone.
 
 A decode step reads every weight once and the keys and values so far. On a CPU the linear layers
-are those of oneDNN on weights in its own layout, the fastest there are for few rows; elsewhere
-they are torch's own.
+are those of oneDNN on weights in its own layout, in float32 where the processor has no instructions
+for bfloat16; elsewhere they are torch's own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from measure import Seconds, Timer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from hybrid_fx.passes.packing import PLAIN, FewRows, lend, pack, packed_linear, usual_forms
 
 Linear = Callable[[Tensor], Tensor]
 _READ = 128 * 2**20  # float32 numbers: 512 MB
@@ -49,8 +51,11 @@ def linear_layers(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Linear:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    form = usual_forms(weight.device)[weight.dtype]
+    packed = pack(weight.contiguous().to(form.dtype))
+    if form.plain_rows:
+        lend(packed, FewRows(form.plain_rows, (weight,)))
+    return lambda x: packed_linear(x, packed, bias)
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Linear:
@@ -61,13 +66,13 @@ class LinearAlone:
     """The linear layers of ``model``, each on an input of its own size, one after the other.
 
     Attributes:
-        packed: Whether they run on weights in oneDNN's layout, which are a second copy.
+        packed: What they run on is packed in, which is a second copy; ``None``: on the weights.
     """
 
     def __init__(self, model: nn.Module, timer: Timer) -> None:
         layers = linear_layers(model)
         first = layers[0][0]
-        self.packed = first.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.packed = usual_forms(first.device).get(first.dtype, PLAIN).dtype
         self._timer, self._device, self._dtype = timer, first.device, first.dtype
         make = _packed if self.packed else _plain
         with torch.no_grad():

@@ -24,6 +24,9 @@ Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 FOLDER = Path(__file__).parent / "results"
 
+#: Variables that keep libraries from instructions that the processor has.
+_LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+
 #: Arguments that say where things lie on a machine.
 _PLACES = ("folder", "environment")
 
@@ -98,6 +101,7 @@ def machine(device: str) -> dict[str, Any]:
         + [flag for flag in flags if flag.startswith("amx")],
         "memory_gib": round(pages / 2**30, 1),
         "threads": torch.get_num_threads(),
+        "limited_to": {name: os.environ[name] for name in _LIMITS if name in os.environ},
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
     }
 

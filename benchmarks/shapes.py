@@ -65,6 +65,15 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
+    "q05-12": lambda: Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=12,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
     "l1b": lambda: LlamaConfig(
         vocab_size=128256,
         hidden_size=2048,

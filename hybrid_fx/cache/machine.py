@@ -60,7 +60,7 @@ class Machine:
     def here(cls) -> Machine:
         """This one, as this process sees it."""
         processor, features = _processor()
-        has_onednn = torch.backends.mkldnn.is_available()
+        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         return cls(
             processor=processor,
             features=features,
