@@ -75,9 +75,8 @@ def chosen(dtype: torch.dtype, usual: PackForm, seconds: Seconds, *, same_dtype:
             best = name
     if best == _PLAIN:
         return PLAIN
-    # A copy in another dtype is larger than the weight, so that one row expects to read that.
-    margin = _CLEARLY if best == name_of(dtype) else 1
-    few = seconds[_PLAIN][0] * margin < seconds[best][0]
+    expected = usual.plain_rows if best == name_of(usual.dtype) else 0
+    few = seconds[_PLAIN][0] < seconds[best][0] * (_CLEARLY if expected else 1 / _CLEARLY)
     return PackForm(getattr(torch, best), plain_rows=int(few))
 
 

@@ -78,14 +78,15 @@ def test_what_is_clearly_faster_takes_its_place() -> None:
 
 
 def test_one_row_reads_the_weight_where_that_is_faster() -> None:
-    def few(own: float, single: float, plain: float, more: float = 1.0) -> int:
-        seconds = bfloat16(own=more, single=1.0, plain=9.0, one=(own, single, plain))
-        return chosen(torch.bfloat16, OWN, seconds, same_dtype=False).plain_rows
+    def few(usual: PackForm, plain: float) -> int:
+        own = None if usual == SINGLE else 1.0
+        seconds = bfloat16(own=own, single=1.0, plain=9.0, one=(1.0, 1.0, plain))
+        return chosen(torch.bfloat16, usual, seconds, same_dtype=False).plain_rows
 
-    assert few(own=1.0, single=9.0, plain=0.7) == 1
-    assert few(own=1.0, single=9.0, plain=0.9) == 0, "a packed copy of one size with the weight"
-    assert few(own=9.0, single=1.0, plain=0.9, more=9.0) == 1, "one that is larger"
-    assert few(own=9.0, single=1.0, plain=1.1, more=9.0) == 0
+    assert few(OWN, plain=0.7) == 1
+    assert few(OWN, plain=0.9) == 0
+    assert few(SINGLE, plain=1.1) == 1, "as usual, unless that is clearly slower"
+    assert few(SINGLE, plain=1.4) == 0
 
 
 @needs_onednn
