@@ -137,12 +137,12 @@ def measure(dtype: torch.dtype, shape: tuple[int, int] = _SHAPE) -> Seconds:
 
     The least of several, which the rest of the machine has disturbed least. No random numbers.
     """
-    weight = torch.ones(shape, dtype=dtype)
+    weight = torch.ones(shape, dtype=dtype, device="cpu")
     forms = {
         name: weight if name == _PLAIN else pack(weight.to(getattr(torch, name)))
         for name in names_of(dtype)
     }
-    inputs = [torch.ones(rows, 1, shape[1], dtype=dtype) for rows in _ROWS]
+    inputs = [torch.ones(rows, 1, shape[1], dtype=dtype, device="cpu") for rows in _ROWS]
     seconds = {name: [math.inf] * len(inputs) for name in forms}
     until = time.perf_counter() + _MOST_SECONDS
     for turn in range(_TIMES):

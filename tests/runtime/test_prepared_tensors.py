@@ -221,7 +221,7 @@ def test_a_capture_that_was_cut_short_is_begun_again(monkeypatch):
     engine = hybrid_fx.hybridize(tiny("llama"), disk_cache=False)
     expected = engine._plain_generate(**CALL)
 
-    def stop(_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
