@@ -100,8 +100,14 @@ def ledger() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Plans are stored in a folder of this test run, never in the user's own."""
-    folder = str(tmp_path_factory.mktemp("cache"))
+    """Plans are stored in a folder of this test run, never in the user's own.
+
+    All of its processes share it: what one has captured is not captured by another.
+    """
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder = str(run / "cache")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", folder)
         yield folder
