@@ -100,9 +100,13 @@ def logits(model: Any, plan: Plan, stream: Any = None, ops: Any = None) -> Tenso
 
 @pytest.mark.parametrize(
     ("kind", "lora"),
-    [("llama", False), ("llama", True), ("qwen2", False), ("gpt2", False), ("opt", False),
-     ("gemma3", False)],
-)  # fmt: skip
+    [
+        ("llama", True),
+        ("gpt2", False),
+        *(pytest.param(kind, False, marks=pytest.mark.deep) for kind in ("llama", "qwen2", "opt")),
+        pytest.param("gemma3", False, marks=pytest.mark.deep),
+    ],
+)
 def test_layers_that_gather_give_the_logits_of_those_that_do_not(kind: str, lora: bool) -> None:
     model, plan = planned(kind, lora)
     stream = Copies()
