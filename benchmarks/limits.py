@@ -32,9 +32,14 @@ def read_seconds(device: str, timer: Timer) -> Seconds:
 
 def matrix_rate(device: str, dtype: torch.dtype, timer: Timer) -> float:
     """GFLOP/s of a product of two square matrices: the median of five."""
-    size = 2048 if device == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    a @ b
+    size, largest = 256, 2048 if device == "cpu" else 8192
+    while True:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        a @ b
+        # Without instructions for bfloat16, a large one takes a CPU half a minute.
+        if size == largest or timer(lambda: a @ b) > 0.05:  # noqa: B023
+            break
+        size *= 2
     seconds = statistics.median(timer(lambda: a @ b) for _ in range(5))
     return 2 * size**3 / seconds / 1e9
 
