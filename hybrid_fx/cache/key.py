@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..capture.ours import is_ours
 from ..config import HybridConfig
 from ..passes import __file__ as passes_file
 from .adapters import adapter_states, configs
@@ -26,7 +27,6 @@ from .tree import (
     global_hooks,
     is_code,
     is_config,
-    is_ours,
     is_part,
     own_attributes,
     own_hooks,

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from ..capture.ours import is_ours
 from .helpers import functions_in
-from .tree import View, global_hooks, is_code, is_ours, own_attributes, own_hooks, walk
+from .tree import View, global_hooks, is_code, own_attributes, own_hooks, walk
 from .users import is_users
 
 #: A user's callable, or a module of a user's class whose ``forward`` runs.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capture.ours import is_ours
 from .fingerprint import class_items
 from .helpers import functions_in
 from .reach import atoms_of
@@ -22,7 +23,6 @@ from .tree import (
     global_hooks,
     is_code,
     is_config,
-    is_ours,
     is_part,
     own_attributes,
     own_hooks,

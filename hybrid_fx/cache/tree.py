@@ -46,14 +46,6 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 stack.append((f"{path}{name}.", child))
 
 
-def is_ours(value: object) -> bool:
-    """Whether ``value`` is a function that this package put on a module (generate, train ...)."""
-    while isinstance(value, functools.partial):
-        value = value.func
-    name = getattr(value, "__module__", None)
-    return isinstance(name, str) and name.partition(".")[0] == "hybrid_fx"
-
-
 def is_code(value: object) -> bool:
     """Whether ``value`` is something to call, modules and classes apart."""
     if isinstance(value, FunctionType | MethodType | functools.partial):

@@ -24,7 +24,7 @@ from ..passes.graph import sweep
 from ..passes.operators import OPERATORS
 from .cache_windows import check_windows
 from .dynamo import Trace, trace
-from .grad_hooks import without_gradient_hooks
+from .idle_hooks import without_idle_hooks
 from .mixed_precision import refuse_autocast, refuse_prepared
 from .peft_seam import traceable_adapters
 from .registry import canonical_attention
@@ -114,7 +114,7 @@ def capture(model: nn.Module, *, training: bool = False, timeout: float | None =
         for module in flags:
             module.training = training
         with torch.set_grad_enabled(training), canonical_attention(model):
-            with traceable_adapters(model), without_gradient_hooks(model, training=training):
+            with traceable_adapters(model), without_idle_hooks(model, training=training):
                 traced = _trace(model, inputs, timeout)
     finally:
         for module, flag in flags.items():

@@ -126,7 +126,9 @@ def test_behind_capture_timeout_the_module_generates_and_no_file_says_so(tmp_pat
     assert len(traces) == 2  # of this structure once
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(StrictError, match=TOO_LONG):
-        hybrid_fx.hybridize(tiny("llama"), capture_timeout=1e-6, strict=True).generate(**CALL)
+        hybrid_fx.hybridize(tiny("llama"), capture_timeout=1e-6, strict=True, **folder).generate(
+            **CALL
+        )
     assert not generate_both(tiny("llama"), capture_timeout=None, **folder).stats.fallbacks
 
 

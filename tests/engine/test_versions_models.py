@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine.versioned_net import risen
 from transformers import GPT2Config, GPT2LMHeadModel
+from upstream_names import adapters_of_transformers
 
 from hybrid_fx.engine.versions import WeightTracker
 
@@ -129,6 +130,7 @@ def test_other_kinds_of_adapters_are_read(kind: str) -> None:
     tracker.close()
 
 
+@adapters_of_transformers
 def test_adapters_put_in_by_transformers_are_read() -> None:
     model = tiny()
     model.add_adapter(lora(), adapter_name="one")

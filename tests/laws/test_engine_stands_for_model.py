@@ -186,13 +186,15 @@ def test_a_generate_inside_another_says_what_is_in_the_way() -> None:
 def test_a_generate_inside_one_that_runs_the_module_works() -> None:
     model = tiny("llama")
     found: list[torch.Tensor] = []
-    with hybrid_fx.hybridize(model) as engine:
+    # Captured while the module runs, and its forwards are counted.
+    with hybrid_fx.hybridize(model, disk_cache=False) as engine:
 
         def inside(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             found.append(engine.generate(**PROMPT, **SIX))
             return scores
 
         outer = engine.generate(**PROMPT, **SIX, logits_processor=[inside], output_attentions=True)
+        assert list(engine.stats.fallbacks) == ["HF module: output_attentions"]
     expected = by_transformers(model, **PROMPT, **SIX)
     assert len(found) == 6
     assert all(torch.equal(tokens, expected) for tokens in [outer, *found])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from laws.against_hf import hf_generate
 from tiny_models import adapted, prompt, randomize_adapters, tiny
+from upstream_names import adapters_of_transformers
 
 import hybrid_fx
 
@@ -49,6 +50,7 @@ def test_the_base_model_of_a_peft_model_generates_with_its_adapters() -> None:
     assert len({str(each) for each in seen}) == 5, "enabled again gives what was there before"
 
 
+@adapters_of_transformers
 def test_adapters_that_transformers_put_into_a_model_are_followed() -> None:
     model = tiny("llama", layers=1)
     with hybrid_fx.hybridize(model) as engine:

@@ -56,7 +56,7 @@ GROUPS = (
     ),
     Group(
         "capture",
-        "hybrid_fx/capture/grad_hooks.py",
+        "hybrid_fx/capture/idle_hooks.py",
         tuple(
             f"tests/capture/test_capture.py::{name}"
             for name in (

@@ -99,6 +99,11 @@ def start(
     )
 
 
+def plans_in(folder: Path) -> list[Path]:
+    """The files of plans; beside them lies what was measured on the machine."""
+    return [file for file in folder.iterdir() if not file.name.startswith("products-")]
+
+
 def finish(child: subprocess.Popen[str]) -> dict[str, Any]:
     """What the child printed last."""
     out, error = child.communicate(timeout=300)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from processes.fresh_process import CASES, finish, model_of, run_case, start
+from processes.fresh_process import CASES, finish, model_of, plans_in, run_case, start
 from tiny_models import prompt, tiny
 
 import hybrid_fx
@@ -39,7 +39,7 @@ def copied_package(folder: Path, change: str = "") -> Path:
 
 def test_a_second_process_does_not_trace_and_gives_the_same_tokens(stored, tmp_path):
     folder, first = stored
-    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    files = {file.name: file.read_bytes() for file in plans_in(folder)}
     package = copied_package(tmp_path)
     second = finish(start(list(CASES), folder, may_trace=False, package=package))
     for case in CASES:
@@ -51,7 +51,7 @@ def test_a_second_process_does_not_trace_and_gives_the_same_tokens(stored, tmp_p
         assert second[case]["fallbacks"] == {}
         assert second[case]["warnings"] == []
         assert second[case]["lora"] == first[case]["lora"]
-    assert files == {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert files == {file.name: file.read_bytes() for file in plans_in(folder)}
 
 
 def test_a_changed_pass_makes_stored_plans_a_miss(stored, tmp_path):
@@ -63,7 +63,7 @@ def test_a_changed_pass_makes_stored_plans_a_miss(stored, tmp_path):
     assert run["counters"]["captures"] == 1
     assert run["counters"]["cache_hits_disk"] == 0
     assert run["tokens"] == first["llama"]["tokens"]
-    assert len(list(plans.iterdir())) == len(list(folder.iterdir())) + 1
+    assert len(plans_in(plans)) == len(plans_in(folder)) + 1
 
 
 def test_the_cases_mean_what_they_say(stored):
@@ -89,7 +89,7 @@ def test_two_processes_at_once_on_one_empty_folder_are_both_right(tmp_path):
         assert seen["tokens"] == wanted
         assert seen["warnings"] == []
         assert seen["fallbacks"] == {}
-    assert [file.suffix for file in (tmp_path / "plans").iterdir()] == [".json"]
+    assert [file.suffix for file in plans_in(tmp_path / "plans")] == [".json"]
     third = run_case("llama", str(tmp_path / "plans"))
     assert third["counters"]["captures"] == 0
     assert third["tokens"] == wanted

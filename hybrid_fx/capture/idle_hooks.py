@@ -1,8 +1,9 @@
-"""The seam to hooks that take part in a backward pass alone, for the time of one capture.
+"""Hooks that do nothing to what a forward computes, away for the time of one capture.
 
-Without gradients they do nothing, and Dynamo cannot trace them: backward hooks of a module, and
-those that ask for the gradients of its output, of which transformers and PEFT put one on the input
-embeddings (``enable_input_require_grads()``). Tried on torch 2.11 and 2.13, transformers 5.17 and
+Dynamo cannot trace them. Without gradients these are backward hooks of a module, and those that ask
+for the gradients of its output, of which transformers and PEFT put one on the input embeddings
+(``enable_input_require_grads()``); and always ours, which count. The key of a plan leaves the same
+ones out. Tried on torch 2.11 and 2.13, transformers 5.17 and
 5.23, PEFT 0.21.
 """
 
@@ -13,11 +14,13 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from .ours import is_ours
+
 _NAMES = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 @contextlib.contextmanager
-def without_gradient_hooks(model: nn.Module, *, training: bool) -> Iterator[None]:
+def without_idle_hooks(model: nn.Module, *, training: bool) -> Iterator[None]:
     """These hooks are away inside the ``with`` block, and in their places after it.
 
     Args:
@@ -27,7 +30,8 @@ def without_gradient_hooks(model: nn.Module, *, training: bool) -> Iterator[None
         (hooks, hooks.copy(), keeps)
         for module in model.modules()
         for hooks, keeps in (
-            (module._forward_hooks, _is_no_asker),
+            (module._forward_hooks, _takes_part),
+            (module._forward_pre_hooks, _takes_part),
             (module._backward_hooks, lambda _: training),
             (module._backward_pre_hooks, lambda _: training),
         )
@@ -45,5 +49,5 @@ def without_gradient_hooks(model: nn.Module, *, training: bool) -> Iterator[None
             hooks.update(all_of_them)
 
 
-def _is_no_asker(hook: Callable[..., object]) -> bool:
-    return getattr(hook, "__name__", "") not in _NAMES
+def _takes_part(hook: Callable[..., object]) -> bool:
+    return getattr(hook, "__name__", "") not in _NAMES and not is_ours(hook)
