@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 
 _DIGEST = re.compile(r"[0-9a-f]{8,128}")
 _ENTRY = re.compile(r"[0-9a-f]{8,128}\.json")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{8,128}\.[^/]*\.tmp")
+_TEMPORARY = re.compile(r"\.(products-\w+-)?[0-9a-f]{8,128}\.[^/]*\.tmp")
 
 
 def default_directory() -> Path:

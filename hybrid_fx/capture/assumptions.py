@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 import torch._dynamo
+import torch.overrides
 
 
 def assumptions() -> dict[str, str | bool]:
@@ -25,3 +26,8 @@ def options_of_dynamo() -> str:
     options = torch._dynamo.config.get_config_copy()
     kept = {name: value for name, value in options.items() if isinstance(value, bool | int)}
     return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()
+
+
+def function_modes() -> int:
+    """How many ``TorchFunctionMode`` a caller has put around what is traced now."""
+    return len(torch.overrides._get_current_function_mode_stack())

@@ -22,6 +22,9 @@ from .assumed import decides
 
 logger = logging.getLogger("hybrid_fx")
 
+#: What is patched is one for all threads.
+_ONE = threading.RLock()
+
 #: Seconds of tracing before the first line that says so; each further one comes twice as late.
 SECONDS_OF_SILENCE = 5.0
 
@@ -59,7 +62,11 @@ class Watch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch what this thread traces inside the ``with`` block; one such block at a time."""
+        """Watch what this thread traces inside the ``with`` block; other threads wait."""
+        with _ONE:
+            yield from self._watching()
+
+    def _watching(self) -> Iterator[None]:
         kind, thread, begun = _interpreter(), threading.get_ident(), self._clock()
         before = vars(kind).get("starts_line")
 

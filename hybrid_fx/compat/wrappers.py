@@ -27,8 +27,8 @@ def is_language_model(model: Any) -> bool:
     if not hasattr(kind, "generate"):
         return False  # a wrapper may answer for the attributes of what it holds
     base = model.get_base_model() if hasattr(kind, "get_base_model") else model
-    able = getattr(type(base), "can_generate", None)
-    return able is not None and bool(base.can_generate())
+    able = getattr(base, "can_generate", None)
+    return able is not None and bool(able())
 
 
 def wrapped(model: nn.Module) -> tuple[str, nn.Module] | None:

@@ -190,12 +190,12 @@ def attach(
         engine._board = open_board(lambda: int(engine.global_steps))
         if engine._board is not None:
             engine.stats.on_record = engine._board.close
+        _share_random_state(sync_rng, team)
     except BaseException:
         engine.__class__ = plain
         raise
     engine._plain_class, engine._added, engine._sync_rng = plain, (), sync_rng
     engine._added = tuple(set(vars(engine)) - before)
-    _share_random_state(sync_rng, team)
     hybrid: DeepSpeedHybridEngine = engine
     return hybrid
 

@@ -17,10 +17,10 @@ _EXTRA_ROWS = 2
 
 def has_table(causal: Any, limit: int) -> bool:
     """Whether the positions are rows of a table, of about ``limit`` of them."""
-    tokens = causal.get_input_embeddings()
+    tokens = {id(module) for module in causal.get_input_embeddings().modules()}  # PEFT wraps it
     rows = range(limit, limit + _EXTRA_ROWS + 1)
     for module in causal.modules():
-        is_table = isinstance(module, nn.Embedding) and module is not tokens
+        is_table = isinstance(module, nn.Embedding) and id(module) not in tokens
         if is_table and module.num_embeddings in rows:
             return True
     buffers = (buffer for _, buffer in causal.named_buffers())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from capture.failing_models import branching_llama, tiny_jamba
 from tiny_models import prompt, tiny
+from torch.overrides import BaseTorchFunctionMode
 
 import hybrid_fx
 from hybrid_fx.cache import key
@@ -61,15 +62,21 @@ def test_a_later_engine_knows_of_the_failure_and_does_not_trace(tmp_path, traces
     assert len(traces) == 1
     (file,) = tmp_path.iterdir()
     (reason,) = engine.stats.fallbacks
-    assert reason.endswith(f"(known from an earlier process; delete {file} to try again)")
+    assert reason.endswith(f"(known from an earlier capture; delete {file} to try again)")
     assert f"LlamaForCausalLM {WHY}" in caplog.records[-1].getMessage()
     file.unlink()
     generate_both(branching_llama(), cache_dir=str(tmp_path))
     assert len(traces) == 2
-    with pytest.raises(StrictError, match="known from an earlier process"):
+    with pytest.raises(StrictError, match="known from an earlier capture"):
         hybrid_fx.hybridize(branching_llama(), cache_dir=str(tmp_path), strict=True).generate(
             **CALL
         )
+
+
+def test_what_fails_within_a_function_mode_of_the_callers_is_not_remembered(tmp_path) -> None:
+    with BaseTorchFunctionMode():
+        generate_both(branching_llama(), cache_dir=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_structure_that_comes_back_is_not_traced_again(traces) -> None:
@@ -158,7 +165,7 @@ def test_a_training_graph_that_failed_is_not_tried_in_a_later_engine(tmp_path, t
         engine.train()
         engine(**batch, labels=batch["input_ids"])
         (reason,) = engine.stats.fallbacks
-        assert ("known from an earlier process" in reason) == known
+        assert ("known from an earlier capture" in reason) == known
     assert len(traces) == 1
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from laws.against_hf import hf_generate, same_tokens
-from tiny_models import prompt, reweigh, tiny
+from tiny_models import adapted, prompt, reweigh, tiny
 
 import hybrid_fx
 
@@ -70,6 +71,23 @@ def test_frequencies_that_follow_the_length_run_as_the_module(kind: str, why: st
         same_tokens(engine, **BEYOND)
         (reason,) = engine.stats.fallbacks
         assert why in reason
+
+
+def test_a_token_table_that_an_adapter_wraps_is_no_table_of_positions() -> None:
+    plain = tiny("llama", vocab_size=64, max_position_embeddings=64)
+    model = adapted(plain, modules_to_save=["embed_tokens"])
+    call = prompt((5, 3), 1) | {"max_new_tokens": 66, "do_sample": False}
+    with hybrid_fx.hybridize(model) as engine:
+        same_tokens(engine, **call)
+
+
+def test_a_peft_model_of_several_kinds_of_adapters_generates() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny("llama"), config, mixed=True)
+    call = prompt((5, 3), 1) | {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**call)
+    with hybrid_fx.hybridize(model) as engine:
+        assert torch.equal(engine.generate(**call), expected)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj"])

@@ -12,4 +12,4 @@ def test_a_second_process_does_not_trace_what_did_not_capture(tmp_path) -> None:
     assert second["warnings"] == []
     (known,), (found,) = second["fallbacks"], first["fallbacks"]
     (file,) = tmp_path.iterdir()
-    assert known == f"{found} (known from an earlier process; delete {file} to try again)"
+    assert known == f"{found} (known from an earlier capture; delete {file} to try again)"

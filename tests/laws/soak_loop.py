@@ -1,4 +1,4 @@
-"""Generate, train and step with random shapes, again and again: ``python soak.py JSON``.
+"""Generate, train and step with random shapes, again and again: ``python soak_loop.py JSON``.
 
 The argument is ``{"cycles", "check", "longest"}``: how often, every how many cycles tokens are held
 against transformers, and the longest prompt. Prints the resident memory, MiB, after each cycle.
@@ -19,15 +19,14 @@ def resident() -> float:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
 
 
-def soak(cycles: int, check: int, longest: int, dtype: str = "float32") -> list[float]:
+def soak(cycles: int, check: int, longest: int) -> list[float]:
     import torch
     from tiny_models import adapted, tiny
 
     import hybrid_fx
 
     rng = random.Random(0)
-    kind = getattr(torch, dtype)
-    model = adapted(tiny("llama", dtype=kind, max_position_embeddings=2 * longest + 32))
+    model = adapted(tiny("llama", max_position_embeddings=2 * longest + 32))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     held: list[float] = []
@@ -45,7 +44,7 @@ def soak(cycles: int, check: int, longest: int, dtype: str = "float32") -> list[
             engine.eval()
             given = call() | {"do_sample": False}
             out = engine.generate(**given)
-            if cycle % check == check - 1 and kind is torch.float32:
+            if cycle % check == check - 1:
                 wanted = engine._plain_generate(**given)
                 assert torch.equal(out, wanted), f"other tokens in cycle {cycle}"
             engine.train()
