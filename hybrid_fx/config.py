@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from .errors import ConfigError
 
@@ -160,6 +160,17 @@ class HybridConfig:
                 "model's own config is engine.module.config; pass engine.module where a model is "
                 "asked for"
             )
+
+
+def _refuse(config: HybridConfig, name: str, value: object = None) -> NoReturn:
+    raise FrozenInstanceError(
+        f"HybridConfig.{name} cannot be set, for the engine has begun with it: close() the engine "
+        f"and call hybridize again. The model's own config is engine.module.config"
+    )
+
+
+# What a dataclass with slots makes of its own cannot name a field that it does not have.
+HybridConfig.__setattr__ = HybridConfig.__delattr__ = _refuse  # type: ignore[method-assign,assignment]
 
 
 def _is_a(value: object, kind: str) -> bool:

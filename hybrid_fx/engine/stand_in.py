@@ -7,12 +7,16 @@ it: on a wrapper such as a PeftModel, or on the model in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from torch import nn
 
 from ..generate import causal_lm
+
+#: Methods of a module that return it, as in ``engine = engine.to("cuda")``.
+_CHAINED = frozenset("to cpu cuda float half bfloat16 double requires_grad_".split())
 
 
 class StandIn:
@@ -27,7 +31,13 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "module" not in vars(self):
             raise AttributeError(name)
-        return getattr(self.module, name)
+        found = getattr(self.module, name)
+        return functools.partial(self._chained, found) if name in _CHAINED else found
+
+    def _chained(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a method of the model's returns; the engine in place of its model."""
+        result = method(*args, **kwargs)
+        return self if result is self.module else result
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._keeps(name):

@@ -148,7 +148,8 @@ def generate(
                 f"this generate would run the original module: {why}; change the call, or set "
                 "strict=False to allow it"
             )
-        if request.mask is not None and padding_fault(request.mask):
+        drafts = request.setting("is_assistant")  # of a mask that nobody gave
+        if request.mask is not None and not drafts and padding_fault(request.mask):
             _warn_once(warned, "padding", f"{why}: generating by transformers' own loop; pad left")
         on_fallback(f"HF module: {why}")
         return plain(*args, **kwargs)

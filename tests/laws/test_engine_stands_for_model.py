@@ -198,3 +198,17 @@ def test_a_generate_inside_one_that_runs_the_module_works() -> None:
     expected = by_transformers(model, **PROMPT, **SIX)
     assert len(found) == 6
     assert all(torch.equal(tokens, expected) for tokens in [outer, *found])
+
+
+def test_what_returns_the_model_returns_the_engine() -> None:
+    with hybrid_fx.hybridize(tiny("llama")) as engine:
+        assert engine.to(torch.float32) is engine.float() is engine.requires_grad_(False) is engine
+
+
+@pytest.mark.parametrize("name", ["use_cache", "strict"])
+def test_options_are_not_set_and_the_error_says_where_the_models_config_is(name: str) -> None:
+    with hybrid_fx.hybridize(tiny("llama")) as engine:
+        with pytest.raises(AttributeError, match=r"config is engine\.module\.config"):
+            setattr(engine.config, name, False)
+        with pytest.raises(AttributeError, match="call hybridize again"):
+            delattr(engine.config, name)

@@ -52,6 +52,11 @@ GROUPS = (
         (
             Fault("rows for padding hide a table", "_EXTRA_ROWS = 2", "_EXTRA_ROWS = 0"),
             Fault("precomputed positions are no table", "len(b) == limit", "False"),
+            Fault(
+                "a token table that an adapter wraps is one of positions",
+                "causal.get_input_embeddings().modules()",
+                "[causal.get_input_embeddings()]",
+            ),
             Fault("long rope is as any other", ' or kind == "longrope"', ""),
         ),
     ),

@@ -71,6 +71,27 @@ GROUPS = (
                 "(module._backward_hooks, lambda _: training)",
                 "(module._backward_hooks, lambda _: False)",
             ),
+            Fault(
+                "the hook that counts forwards is traced",
+                " and not is_ours(hook)",
+                "",
+                (
+                    "tests/laws/test_engine_stands_for_model.py::"
+                    "test_a_generate_inside_one_that_runs_the_module_works",
+                ),
+            ),
+        ),
+    ),
+    Group(
+        "capture",
+        "hybrid_fx/engine/attempt.py",
+        ("tests/engine/test_failing_captures.py",),
+        (
+            Fault(
+                "what a caller's mode did is remembered",
+                "error.lasting and not function_modes()",
+                "error.lasting",
+            ),
         ),
     ),
     Group(
