@@ -170,7 +170,7 @@ def _refuse(config: HybridConfig, name: str, value: object = None) -> NoReturn:
 
 
 # What a dataclass with slots makes of its own cannot name a field that it does not have.
-HybridConfig.__setattr__ = _refuse  # type: ignore[method-assign]
+HybridConfig.__setattr__ = _refuse  # type: ignore[method-assign, assignment]
 HybridConfig.__delattr__ = _refuse  # type: ignore[method-assign, assignment]
 
 
