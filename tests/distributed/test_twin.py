@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from profiles import deep
 from tiny_models import adapted, prompt, tiny
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -59,7 +60,7 @@ def test_flags_of_a_twin_are_its_own() -> None:
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt350", "gpt2"])
+@pytest.mark.parametrize("kind", ["gpt2", *deep("llama", "opt350")])
 def test_an_outline_has_the_key_and_the_plan_of_the_model(kind: str) -> None:
     model = adapted(tiny(kind))
     copy = twin(model, View(), drawn)

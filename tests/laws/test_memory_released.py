@@ -9,6 +9,7 @@ import pytest
 import torch
 from chat_lora import chat_adapted
 from memory_ledger import live_bytes, without_collector
+from profiles import deep
 from tiny_models import adapted, prompt, tiny
 
 import hybrid_fx
@@ -58,7 +59,7 @@ def test_nothing_remains_after_a_generate_by_any_route(name: str) -> None:
             assert growth(engine, route) == (0, 0), route
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["peft", *deep("llama", "chat")])
 def test_an_explanation_leaves_nothing_in_training(name: str) -> None:
     with hybrid_fx.hybridize(MODELS[name](), release_inference_cache=True) as engine:
         engine.generate(**CALL)
@@ -83,7 +84,7 @@ def test_without_the_option_memory_is_kept_and_this_test_sees_it() -> None:
         assert generated >= training >= report.prepared_bytes + report.kv_bytes > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["chat", *deep("llama", "peft")])
 def test_an_error_leaves_nothing_even_while_it_is_looked_at(name: str) -> None:
     engine = hybrid_fx.hybridize(MODELS[name](), release_inference_cache=True)
     engine.generate(**CALL)
