@@ -20,6 +20,7 @@ ORDER = (
     "passes.policies",
     "errors",
     "config",
+    "ours",
     "compat",
     "capture",
     "plan",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..capture.ours import is_ours
 from ..config import HybridConfig
+from ..ours import is_ours
 from ..passes import __file__ as passes_file
 from .adapters import adapter_states, configs
 from .fingerprint import Fingerprints, reference, sha256, text

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..capture.ours import is_ours
+from ..ours import is_ours
 from .helpers import functions_in
 from .tree import View, global_hooks, is_code, own_attributes, own_hooks, walk
 from .users import is_users

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.ours import is_ours
+from ..ours import is_ours
 from .fingerprint import class_items
 from .helpers import functions_in
 from .reach import atoms_of

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from .ours import is_ours
+from ..ours import is_ours
 
 _NAMES = ("make_inputs_require_grads", "make_inputs_require_grad")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from capture_models import logits, named_tensors, run_graph, tokens
 from captured_models import canonical, captured, decoder
+from profiles import deep
 from tiny_models import adapted, tiny
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -20,7 +21,7 @@ from hybrid_fx.passes.graph import calls
 from hybrid_fx.passes.layers import layer_paths
 from hybrid_fx.plan.build import normalize
 
-KINDS = ("llama", "qwen2", "gpt2", "opt", "opt350", "mistral", "qwen3", "phi3", "neox")
+KINDS = ("llama", "gpt2", "opt350", "qwen3", "neox", *deep("qwen2", "opt", "mistral", "phi3"))
 SHAPES = ((1, 1), (1, 5), (3, 1), (7, 20))
 
 

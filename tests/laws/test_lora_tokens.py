@@ -118,7 +118,9 @@ MODELS: dict[str, tuple[Callable[[], Any], int]] = {
 
 
 # Variations of what the others show; each costs a capture.
-RARE = ("rank pattern", "unmerged", "scaled", "gpt2 dora", "trained bias")
+RARE = frozenset(
+    ("rank pattern", "unmerged", "scaled", "gpt2 dora", "trained bias", "rslora", "head", "merged")
+)
 NAMES = [pytest.param(n, marks=pytest.mark.deep) if n in RARE else n for n in MODELS]
 
 
