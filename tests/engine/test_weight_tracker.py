@@ -52,6 +52,7 @@ def test_close_removes_the_global_hook(net: Net) -> None:
 
 def test_a_dropped_tracker_leaves_no_hook_and_no_model_behind() -> None:
     hooks = torch_optimizer._global_optimizer_post_hooks
+    gc.collect()  # what earlier tests dropped
     before = list(hooks)
     net = Net()
     tracker = WeightTracker(net)
