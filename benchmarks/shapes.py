@@ -14,6 +14,20 @@ from transformers import (
     Qwen2Config,
 )
 
+
+def _q05(layers: int) -> PretrainedConfig:
+    """Qwen2-0.5B, or fewer layers of it."""
+    return Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     # For tests of the benchmarks, where nothing is timed, and for a quick look.
     "tiny": lambda: Qwen2Config(
@@ -56,24 +70,8 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-125m": lambda: OPTConfig(
         hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12
     ),
-    "q05": lambda: Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "q05-12": lambda: Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=12,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
+    "q05": lambda: _q05(layers=24),
+    "q05-12": lambda: _q05(layers=12),
     "l1b": lambda: LlamaConfig(
         vocab_size=128256,
         hidden_size=2048,

@@ -12,11 +12,7 @@ import random
 import sys
 from typing import Any
 
-
-def resident() -> float:
-    """``VmRSS``, MiB."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+from resident_memory import MIB, resident
 
 
 def soak(cycles: int, check: int, longest: int) -> list[float]:
@@ -51,7 +47,7 @@ def soak(cycles: int, check: int, longest: int) -> list[float]:
             engine(input_ids=out, labels=out).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            held.append(resident())
+            held.append(resident() / MIB)
         assert engine.stats.fallbacks == {}
     return held
 

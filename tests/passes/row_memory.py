@@ -9,11 +9,7 @@ from __future__ import annotations
 import json
 import random
 
-
-def resident() -> float:
-    """``VmRSS``, MiB."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+from resident_memory import MIB, resident
 
 
 def measure() -> tuple[float, float]:
@@ -26,11 +22,11 @@ def measure() -> tuple[float, float]:
     weight = pack(torch.ones(64, 64))
     for rows in (*sorted({bucket(rows) for rows in range(1, MOST + 1)}), 1300):
         packed_linear(torch.ones(rows, 64), weight, None)
-    before = resident()
+    before = resident() / MIB
     after = []
     for _ in range(100):
         packed_linear(torch.ones(rng.randint(1, 1300), 64), weight, None)
-        after.append(resident())
+        after.append(resident() / MIB)
     return before, max(after)
 
 

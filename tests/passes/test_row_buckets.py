@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,10 @@ def test_memory_does_not_grow_with_the_numbers_of_rows() -> None:
     """Unbounded, 100 numbers of rows hold 50 MiB more."""
     skip_unpacked(torch.float32)
     script = Path(__file__).with_name("row_memory.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     before, most = json.loads(done.stdout.splitlines()[-1])
     assert most - before < 10, f"{before:.0f} MiB, then {most:.0f}"

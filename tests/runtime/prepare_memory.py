@@ -10,13 +10,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from resident_memory import resident
+
 LORA = {"none": None, "fold": 0.1, "side": 1e-6}
-
-
-def resident(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (the most since :func:`rise` began), in bytes."""
-    with open("/proc/self/status") as status:
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith(field))
 
 
 def rise(run: Callable[[], Any]) -> int:
